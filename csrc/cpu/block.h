@@ -1,0 +1,35 @@
+// Arrays of one block of pairs, one per thread. A block is at most kRows x kCols pairs, row by row, kCols apart.
+#pragma once
+#include "kernels.h"
+
+namespace ntk {
+
+constexpr int kRows = 32, kCols = 128, kBlock = kRows * kCols;
+// Layers run over chunks of the block that stay in the L1 cache (three to five arrays of 512).
+constexpr int kChunk = 512;
+
+// All arrays (kBlock,).
+template <class T>
+struct Block {
+    T x[kBlock], x_low[kBlock];  // 1 - |rho|
+    T s[kBlock];                 // sign of rho
+    T theta[kBlock], theta_low[kBlock];
+    T cov[kBlock], last[kBlock];  // of the final layer
+};
+
+NTK_INLINE Wide<double> load(const double* hi, const double*, int k) { return {hi[k]}; }
+NTK_INLINE Wide<float> load(const float* hi, const float* lo, int k) { return {hi[k], lo[k]}; }
+NTK_INLINE void store(double* hi, double*, int k, Wide<double> v) { hi[k] = v.hi; }
+NTK_INLINE void store(float* hi, float* lo, int k, Wide<float> v) {
+    hi[k] = v.hi;
+    lo[k] = v.lo;
+}
+NTK_INLINE Wide<double> widen(double v, double) { return {v}; }
+NTK_INLINE Wide<float> widen(double v, float) {
+    float hi = float(v);
+    return {hi, float(v - double(hi))};
+}
+NTK_INLINE double whole(Wide<double> v) { return v.hi; }
+NTK_INLINE double whole(Wide<float> v) { return double(v.hi) + double(v.lo); }
+
+}  // namespace ntk

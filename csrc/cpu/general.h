@@ -1,0 +1,246 @@
+// Layers with biases or without homogeneity over one block, in double: half squared distances instead of correlations.
+//
+// Every layer makes three passes over one row of the block (128 pairs, in L1): correlations of the pre-activations,
+// expectations of the activation, new state. Row numbers are advanced with the layers, so nothing grows with depth.
+#pragma once
+#include "block.h"
+
+namespace ntk {
+
+// Numbers of the rows (or columns) of a block; with ELEMENTWISE pairs both sides have one entry a pair.
+struct RowArrays {
+    double var[kCols], mean[kCols], next_var[kCols], next_mean[kCols], norm[kCols];
+    double lam[kCols], root[kCols], inv[kCols], q[kCols], mu[kCols], a1[kCols], a2[kCols], a3[kCols];
+    double* hermite;  // (evens + odds, kCols)
+};
+
+NTK_INLINE RowNumbers row_numbers(const RowArrays& a, int k) {
+    return {a.lam[k], a.root[k], a.inv[k], a.q[k], a.mu[k], a.a1[k], a.a2[k], a.a3[k]};
+}
+NTK_INLINE void put_row(RowArrays& a, int k, const RowNumbers& r) {
+    a.lam[k] = r.lam, a.root[k] = r.root, a.inv[k] = r.inv, a.q[k] = r.q;
+    a.mu[k] = r.mu, a.a1[k] = r.a1, a.a2[k] = r.a2, a.a3[k] = r.a3;
+}
+
+struct GeneralArrays {
+    double half[kBlock], s[kBlock], theta[kBlock];  // state; before the first layer half holds x = 1 - |rho|
+    double x[kCols], c[kCols], w[kCols], d[kCols];  // of one row: correlation and its sign, expectations
+    double e[4][kCols];                             // Hermite sums
+};
+
+template <class Activation>
+static void rows_of(const Activation& act, const GeneralLayer& l, RowArrays& a, int n) {
+    for (int k = 0; k < n; ++k) put_row(a, k, act.row(fma_(l.cw, a.var[k], l.cb)));
+}
+
+// a_k of each row by Clenshaw's recurrence on its panel; or the common numbers of all rows.
+static void hermite_rows(const HermiteTable& t, const GeneralLayer& l, RowArrays& a, int n) {
+    const int terms = t.evens + t.odds;
+    for (int k = 0; k < n; ++k) {
+        RowNumbers r = make_row(fma_(l.cw, a.var[k], l.cb));
+        r.q = t.even_sum + t.odd_sum;
+        r.mu = t.mean;
+        if (t.panels > 0) {
+            int panel = 0;
+            while (panel + 1 < t.panels && r.root > t.edges[panel + 1]) ++panel;
+            const double low = t.edges[panel], high = t.edges[panel + 1];
+            const double y = (2.0 * r.root - low - high) / (high - low);
+            const double* c = t.coefficients + std::int64_t(panel) * terms * t.order;
+            r.q = 0.0;
+            for (int m = 0; m < terms; ++m, c += t.order) {
+                double b1 = 0.0, b2 = 0.0;
+                for (int o = t.order - 1; o > 0; --o) {
+                    double b = fma_(2.0 * y, b1, c[o] - b2);
+                    b2 = b1, b1 = b;
+                }
+                double value = fma_(y, b1, c[0] - b2);
+                a.hermite[m * kCols + k] = value;
+                r.q = fma_(value, value, r.q);
+            }
+            r.mu = t.evens > 0 ? a.hermite[k] : 0.0;
+        }
+        put_row(a, k, r);
+    }
+}
+
+static void advance_rows(const GeneralLayer& l, const HermiteTable* tables, RowArrays& a, int n) {
+    switch (l.activation) {
+        case kHomogeneous: rows_of(Homogeneous{l.slope}, l, a, n); break;
+        case kErf: rows_of(Erf{}, l, a, n); break;
+        case kGaussian: rows_of(Gaussian{}, l, a, n); break;
+        case kExp: rows_of(Exp{}, l, a, n); break;
+        case kSin: rows_of(Sin{}, l, a, n); break;
+        case kCos: rows_of(Cos{}, l, a, n); break;
+        case kGelu: rows_of(Gelu{}, l, a, n); break;
+        default: hermite_rows(tables[l.table], l, a, n);
+    }
+    for (int k = 0; k < n; ++k) {
+        RowState next = advance_row(l, {a.var[k], a.mean[k]}, a.q[k], a.mu[k]);
+        a.next_var[k] = next.var, a.next_mean[k] = next.mean;
+    }
+}
+
+static void finish_layer(RowArrays& a) {
+    __builtin_memcpy(a.var, a.next_var, sizeof a.var);
+    __builtin_memcpy(a.mean, a.next_mean, sizeof a.mean);
+}
+
+template <bool FIRST, bool ELEMENTWISE>
+NTK_INLINE void correlate_pair(const GeneralLayer& l, const RowArrays& ri, const RowArrays& rj, int i, int k,
+                               const double* half, const double* s, GeneralArrays& g) {
+    const int r = ELEMENTWISE ? k : i;
+    const RowNumbers a = row_numbers(ri, r), b = row_numbers(rj, k);
+    const Correlation c = FIRST ? first_correlation(l, half[k], s[k], ri.norm[r], rj.norm[k], a, b)
+                                : correlation(l, half[k], s[k], a, b);
+    g.x[k] = c.x, g.c[k] = c.s;
+}
+template <bool FIRST, bool ELEMENTWISE>
+static void correlate(const GeneralLayer& l, const RowArrays& ri, const RowArrays& rj, int i, int n, double* half,
+               const double* s, GeneralArrays& g) {
+#pragma omp simd
+    for (int k = 0; k < n; ++k) correlate_pair<FIRST, ELEMENTWISE>(l, ri, rj, i, k, half, s, g);
+    if (FIRST) {
+#pragma omp simd
+        for (int k = 0; k < n; ++k) {
+            const double ni = ri.norm[ELEMENTWISE ? k : i], nj = rj.norm[k], dn = ni - nj;
+            half[k] = fma_(ni * nj, half[k], 0.5 * dn * dn);
+        }
+    }
+}
+
+template <bool ELEMENTWISE, class Activation>
+NTK_INLINE void expect_pair(const Activation& act, const RowArrays& ri, const RowArrays& rj, int i, int k,
+                            GeneralArrays& g) {
+    const PairNumbers u = act.pair(row_numbers(ri, ELEMENTWISE ? k : i), row_numbers(rj, k), g.x[k], g.c[k]);
+    g.w[k] = u.w, g.d[k] = u.d;
+}
+template <bool ELEMENTWISE, class Activation>
+static void expect(const Activation& act, const RowArrays& ri, const RowArrays& rj, int i, int n, GeneralArrays& g) {
+#pragma omp simd
+    for (int k = 0; k < n; ++k) expect_pair<ELEMENTWISE>(act, ri, rj, i, k, g);
+}
+
+// Hermite sums with one variance for all rows: four Horner polynomials in rho^2.
+static void expect_uniform(const HermiteTable& t, int n, GeneralArrays& g) {
+    for (int q = 0; q < 4; ++q)
+        for (int k = 0; k < n; ++k) g.e[q][k] = 0.0;
+    const double* table[4] = {t.even_defect, t.even_derivative, t.odd_defect, t.odd_derivative};
+    for (int q = 0; q < 4; q += 2) {
+        const double *defect = table[q], *derivative = table[q + 1];
+        double *a = g.e[q], *b = g.e[q + 1];
+        const int length = q ? t.odds : t.evens;
+        // 16 pairs at a time: their two sums stay in registers over all terms.
+        for (int start = 0; start < n; start += 16) {
+            double r2[16], u[16], v[16];
+            for (int k = 0; k < 16; ++k) r2[k] = (1.0 - g.x[start + k]) * (1.0 - g.x[start + k]), u[k] = v[k] = 0.0;
+            for (int m = length - 1; m >= 0; --m) {
+#pragma omp simd
+                for (int k = 0; k < 16; ++k) u[k] = fma_(u[k], r2[k], defect[m]), v[k] = fma_(v[k], r2[k], derivative[m]);
+            }
+            for (int k = 0; k < 16; ++k) a[start + k] = u[k], b[start + k] = v[k];
+        }
+    }
+    for (int k = 0; k < n; ++k) {
+        const PairNumbers p = hermite_pair(g.x[k], g.c[k], g.e[0][k], g.e[1][k], g.e[2][k], g.e[3][k], t.even_sum, t.odd_sum);
+        g.w[k] = p.w, g.d[k] = p.d;
+    }
+}
+
+template <bool EVEN, bool ELEMENTWISE>
+NTK_INLINE void hermite_term(int i, int k, const double* ai, const double* aj, double degree, GeneralArrays& g) {
+    HermiteSum t{g.w[k], g.d[k], g.e[0][k], g.e[1][k]};
+    const double a = ai[ELEMENTWISE ? k : i], x = g.x[k], r2 = (1.0 - x) * (1.0 - x), u = x * (2.0 - x);
+    if (EVEN) hermite_even(t, a, aj[k], degree, g.c[k], r2, u);
+    else hermite_odd(t, a, aj[k], degree, x, r2, u);
+    g.w[k] = t.w, g.d[k] = t.d, g.e[0][k] = t.e, g.e[1][k] = t.before;
+}
+template <bool EVEN, bool ELEMENTWISE>
+static void hermite_terms(int i, int n, int terms, const double* ai, const double* aj, GeneralArrays& g) {
+    for (int k = 0; k < n; ++k) g.d[k] = g.e[0][k] = g.e[1][k] = 0.0;
+    for (int m = 0; m < terms; ++m) {
+        const double *a = ai + m * kCols, *b = aj + m * kCols;
+        const double degree = EVEN ? 2.0 * m : 2.0 * m + 1.0;
+#pragma omp simd
+        for (int k = 0; k < n; ++k) hermite_term<EVEN, ELEMENTWISE>(i, k, a, b, degree, g);
+    }
+}
+template <bool ELEMENTWISE>
+static void expect_hermite(const HermiteTable& t, const RowArrays& ri, const RowArrays& rj, int i, int n, GeneralArrays& g) {
+    for (int k = 0; k < n; ++k) g.w[k] = 0.0;
+    hermite_terms<true, ELEMENTWISE>(i, n, t.evens, ri.hermite, rj.hermite, g);
+    for (int k = 0; k < n; ++k) g.e[2][k] = g.d[k] * g.c[k] * (1.0 - g.x[k]);
+    const std::int64_t skip = std::int64_t(t.evens) * kCols;
+    hermite_terms<false, ELEMENTWISE>(i, n, t.odds, ri.hermite + skip, rj.hermite + skip, g);
+    for (int k = 0; k < n; ++k) g.d[k] = (g.d[k] + g.e[2][k]) * ri.inv[ELEMENTWISE ? k : i] * rj.inv[k];
+}
+
+template <bool ELEMENTWISE>
+static void expectations(const GeneralLayer& l, const HermiteTable* tables, const RowArrays& ri, const RowArrays& rj, int i,
+                  int n, GeneralArrays& g) {
+    switch (l.activation) {
+        case kHomogeneous: return expect<ELEMENTWISE>(Homogeneous{l.slope}, ri, rj, i, n, g);
+        case kErf: return expect<ELEMENTWISE>(Erf{}, ri, rj, i, n, g);
+        case kGaussian: return expect<ELEMENTWISE>(Gaussian{}, ri, rj, i, n, g);
+        case kExp: return expect<ELEMENTWISE>(Exp{}, ri, rj, i, n, g);
+        case kSin: return expect<ELEMENTWISE>(Sin{}, ri, rj, i, n, g);
+        case kCos: return expect<ELEMENTWISE>(Cos{}, ri, rj, i, n, g);
+        case kGelu: return expect<ELEMENTWISE>(Gelu{}, ri, rj, i, n, g);
+        default: break;
+    }
+    const HermiteTable& t = tables[l.table];
+    if (t.panels == 0) return expect_uniform(t, n, g);
+    expect_hermite<ELEMENTWISE>(t, ri, rj, i, n, g);
+}
+
+template <bool ELEMENTWISE>
+NTK_INLINE void general_pair(const GeneralLayer& l, const RowArrays& ri, const RowArrays& rj, int i, int k, double* half,
+                             double* s, double* theta, const GeneralArrays& g, double* terms) {
+    const int r = ELEMENTWISE ? k : i;
+    GeneralState p{half[k], s[k], theta[k]};
+    const GeneralTerms t = general_step(l, p, {g.x[k], g.c[k]}, {g.w[k], g.d[k]}, row_numbers(ri, r),
+                                        row_numbers(rj, k), {ri.var[r], ri.mean[r]}, {rj.var[k], rj.mean[k]},
+                                        {ri.next_var[r], ri.next_mean[r]}, {rj.next_var[k], rj.next_mean[k]});
+    half[k] = p.half, s[k] = p.s, theta[k] = p.theta;
+    terms[k] = t.own_w, terms[k + kCols] = t.own_b, terms[k + 2 * kCols] = t.own_v, terms[k + 3 * kCols] = t.factor;
+}
+template <bool ELEMENTWISE>
+static void general_row(const GeneralLayer& l, const RowArrays& ri, const RowArrays& rj, int i, int n, double* half, double* s,
+                 double* theta, const GeneralArrays& g, double* terms) {
+#pragma omp simd
+    for (int k = 0; k < n; ++k) general_pair<ELEMENTWISE>(l, ri, rj, i, k, half, s, theta, g, terms);
+}
+
+// All layers of the suffix over rows x cols pairs. own: (n_suffix, 4, own_stride) own_w, own_b, own_v, factor of every
+// layer for layer_grams, or null; last, cov: (kBlock,) Gram of the last inner matrix and S.
+template <bool ELEMENTWISE>
+static void general_block(const Plan& plan, RowArrays& ri, RowArrays& rj, int rows, int cols, GeneralArrays& g, double* own,
+                          std::int64_t own_stride, double* last, double* cov) {
+    const int n = (cols + 15) & ~15;  // whole vectors; the columns after cols hold finite leftovers
+    double terms[4 * kCols];
+    for (int h = 0; h < plan.n_suffix; ++h) {
+        const GeneralLayer& l = plan.suffix[h];
+        advance_rows(l, plan.tables, ri, ELEMENTWISE ? n : rows);
+        advance_rows(l, plan.tables, rj, n);
+        for (int i = 0; i < rows; ++i) {
+            double *half = g.half + i * kCols, *s = g.s + i * kCols, *theta = g.theta + i * kCols;
+            if (h == 0) correlate<true, ELEMENTWISE>(l, ri, rj, i, n, half, s, g);
+            else correlate<false, ELEMENTWISE>(l, ri, rj, i, n, half, s, g);
+            expectations<ELEMENTWISE>(l, plan.tables, ri, rj, i, n, g);
+            general_row<ELEMENTWISE>(l, ri, rj, i, n, half, s, theta, g, terms);
+            if (own)
+                for (int t = 0; t < 4; ++t)
+                    __builtin_memcpy(own + (4 * h + t) * own_stride + i * kCols, terms + t * kCols, n * sizeof(double));
+            if (h == plan.n_suffix - 1)
+                for (int k = 0; k < n; ++k) last[i * kCols + k] = l.w_all * terms[k];
+        }
+        finish_layer(ri);
+        finish_layer(rj);
+    }
+    for (int i = 0; i < rows; ++i)
+        for (int k = 0; k < n; ++k) {
+            const int at = i * kCols + k;
+            cov[at] = g.s[at] * (0.5 * (ri.var[ELEMENTWISE ? k : i] + rj.var[k]) - g.half[at]);
+        }
+}
+
+}  // namespace ntk

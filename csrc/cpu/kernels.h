@@ -1,0 +1,97 @@
+// The seam between the bindings and the kernels: plain structs, one table of functions per instruction set.
+#pragma once
+#include <cstdint>
+
+#include "../math/hermite.h"
+#include "../math/layer.h"
+
+namespace ntk {
+
+// A compiled network: homogeneous layers first, whose norms factor out, then any others.
+struct Plan {
+    const HomogeneousLayer* prefix;  // (n_prefix,)
+    int n_prefix;
+    double nu, beta;            // after the prefix S_ii = nu |x_i|^2 and the mean is beta |x_i|
+    const GeneralLayer* suffix; // (n_suffix,)
+    int n_suffix;
+    const HermiteTable* tables;
+};
+
+// One result: K_ij = (theta Theta + cov S + mean b_i b_j + last G) f_i f_j + h_i h_j, G the Gram of the last inner matrix.
+// Theta, S, b, G are divided by the norms and by nu if the plan has no suffix.
+struct Output {
+    void* data;             // (rows, stride)
+    std::int64_t stride;
+    void* mirror;           // K_ji is written too, at mirror + j * mirror_stride + i; null for none
+    std::int64_t mirror_stride;
+    double theta, cov, mean, last;
+    const double *fi, *fj;  // (rows,), (cols,)
+    const double *hi, *hj;  // (rows,), (cols,)
+};
+
+// All slices of layer_grams: G_h,ij = own term of layer h times the factors of the later layers, times f_i f_j.
+struct Slices {
+    void* data;                         // (slices, rows, stride); null for none
+    std::int64_t stride, slice_stride;
+    void* mirror;
+    std::int64_t mirror_stride;
+    const double *fi, *fj;
+    int readout;                        // index of the readout's slice, -1 for none
+    double readout_cov, readout_const;  // its value: readout_cov S f_i f_j + readout_const
+};
+
+// One side of a tile.
+struct Points {
+    const void* x;        // (n, stride) rows, for the differences
+    std::int64_t stride;
+    const double* inv;    // (n,) 1 / |row as stored|, 0 for zero rows
+    const double* norm;   // (n,) |x_i|
+};
+
+// A tile of inner products and what becomes of it.
+struct Tile {
+    const void* products;   // (rows, stride) <x_i, y_j> of the rows as stored; may be the data of an output
+    std::int64_t stride;
+    std::int64_t rows, cols, dim;
+    Points i, j;
+    std::int64_t diagonal;  // the pair (i, j) is one point if i == j + diagonal; INT64_MIN: never
+    double close;           // pairs with 1 - |rho| below this get their angle from differences
+    const Output* outputs;  // (n_outputs,)
+    int n_outputs;
+    Slices slices;
+};
+
+// Pairs one by one: the diagonal, and the door of the tests.
+struct Pairs {
+    std::int64_t n;
+    const double *x, *s;              // (n,) 1 - |rho| and sign
+    const double *norm_i, *norm_j;    // (n,)
+    double* out;                      // (n,) theta Theta + cov S + mean b_i b_j + last G, no factors f
+    double theta, cov, mean, last;
+};
+
+// Element-wise functions of csrc/math for the tests.
+enum ScalarId { kTheta0, kTheta1, kTheta2, kArea0, kArea1, kArea2, kExpId, kExpm1Id };
+
+struct Kernels {
+    const char* isa;
+    void (*tile64)(const Plan&, const Tile&);
+    void (*tile32)(const Plan&, const Tile&);
+    void (*pairs64)(const Plan&, const Pairs&);
+    void (*pairs32)(const Plan&, const Pairs&);
+    // norms[i] = sum_k x[i,k]^2, each as if in twice the precision
+    void (*squares64)(const double* x, std::int64_t n, std::int64_t d, std::int64_t stride, double* out);
+    void (*squares32)(const float* x, std::int64_t n, std::int64_t d, std::int64_t stride, double* out);
+    // one layer of the row recursion, in place; q = Q_ii
+    void (*rows)(const GeneralLayer&, const HermiteTable*, std::int64_t n, double* var, double* mean, double* q);
+    void (*scalar64)(int id, std::int64_t n, const double* x, double* out);
+    void (*scalar32)(int id, std::int64_t n, const float* x, float* out);
+    // w and D of an activation for pairs of variances a, b
+    void (*dual)(const GeneralLayer&, const HermiteTable*, std::int64_t n, const double* a, const double* b,
+                 const double* x, const double* s, double* w, double* d);
+};
+
+const Kernels& kernels();                    // chosen once, obeys NTKFAST_ISA
+const Kernels* kernels_of(const char* isa);  // null if this build or processor lacks it
+
+}  // namespace ntk

@@ -1,0 +1,167 @@
+// One layer of the recursion (MATH.md, section 9, in the form without cancellation of 9b).
+#pragma once
+#include "activations.h"
+
+namespace ntk {
+
+// A bias-free layer with a positively homogeneous activation. Norms factor out: with unit-norm inputs, nu the common
+// diagonal of S (nu' after the layer) and beta the mean,
+//   a = p^2 nu / nu',  c = r cw nu / nu',  drift = 2 p q beta mu / nu',  a + c h0 + drift = 1.
+// h0 = (1 + e^2) / 2, h1 = (1 - e)^2 / 2 for s(u) = e u (u < 0):  Q = h0 rho + h1 g,  D = e + h1 kappa0.
+struct HomogeneousLayer {
+    double drift;  // see above
+    double decay;  // 1 - a
+    double c_e;    // c e
+    double c_h0;   // c h0
+    double c_h1;   // c h1
+    double w;      // factor of the Gram of W
+    double v;      // factor of the Gram of V
+    double w_all;  // w if W is counted as trained (last_hidden)
+    int signs;     // 0: rho >= 0 is certain for the input of this layer
+    int signs_after;  // the same for its result
+    int range;     // index of kArcRange; 0 if signs
+    int slice_w;   // index in layer_grams, -1 for none
+    int slice_v;
+};
+
+// The same in the type of the arithmetic.
+template <class T>
+struct HomogeneousNumbers {
+    T drift, decay, c_e, c_h0, c_h1, w, v;
+};
+template <class T>
+NTK_INLINE HomogeneousNumbers<T> numbers(const HomogeneousLayer& l) {
+    return {T(l.drift), T(l.decay), T(l.c_e), T(l.c_h0), T(l.c_h1), T(l.w), T(l.v)};
+}
+
+// State of a pair: x = 1 - |rho|, s = sign of rho, theta = Theta / (nu |x_i| |x_j|).
+template <class T>
+struct PairState {
+    Wide<T> x;
+    T s;
+    Wide<T> theta;
+};
+
+// What a layer adds itself, and what it does to earlier Grams, all divided by nu'.
+template <class T>
+struct LayerTerms {
+    T own_w;   // c D rho:  Gram of W for w = 1
+    T own_v;   // c Q / nu: Gram of V for v = 1
+    T growth;  // a + c D - 1: relative change of every earlier Gram
+};
+
+// The state after one layer.
+//   1 - rho' = (1 - rho) - drift (1 - rho) - c h1 g,  and in the same way 1 + rho' on the negative side; every change is
+//   an increment, so that a thousand layers lose nothing. a + c D - 1 = -drift - c h1 theta for rho >= 0: there
+//   c (e + h1) = c h0 cancels against 1 - a exactly.
+//   SIGNED = false (rho >= 0 is certain) and OUTER = false (v = 0) drop what is not needed.
+template <bool SIGNED, int RANGE, bool OUTER, class T>
+NTK_INLINE LayerTerms<T> homogeneous_step(PairState<T>& p, const HomogeneousNumbers<T>& l) {
+    T x = p.x.hi;
+    Arc<T> u = arc<RANGE>(x);
+    bool negative = SIGNED && p.s < T(0);
+    T cosine = T(1) - x;  // |rho|
+    T rho = SIGNED ? p.s * cosine : cosine;
+    T gap = negative ? T(2) - x : x;                   // 1 - rho
+    T area = negative ? u.area + cosine : u.area;      // g of the whole angle
+    T kappa0 = negative ? u.theta : T(1) - u.theta;
+    LayerTerms<T> t;
+    t.own_w = fma_(l.c_h1, kappa0, l.c_e) * rho;
+    t.own_v = OUTER ? fma_(l.c_h1, area, l.c_h0 * rho) : T(0);
+    t.growth = negative ? fma_(l.c_h1, kappa0, l.c_e - l.decay) : -fma_(l.c_h1, u.theta, l.drift);
+    T own = OUTER ? fma_(l.w, t.own_w, l.v * t.own_v) : l.w * t.own_w;
+    p.theta = add(p.theta, fma_(t.growth, p.theta.hi, own));
+    T change = fma_(l.drift, gap, l.c_h1 * area);      // rho' - rho
+    p.x = add(p.x, SIGNED ? -p.s * change : -change);
+    if (SIGNED) {
+        bool flip = p.x.hi > T(1);
+        Wide<T> other = two_minus(p.x);
+        p.x = flip ? other : p.x;
+        p.s = flip ? -p.s : p.s;
+    }
+    return t;
+}
+
+// Any layer. The coefficients are those of Network.coefficients (MATH.md, section 9).
+struct GeneralLayer {
+    double p, q, r, cw, cb, w, wb, v, vb, vvb, w_all;
+    double slope;          // of a homogeneous activation
+    int activation;        // enum ActivationId
+    int table;             // index of the Hermite table, -1 for none
+    int slice_w, slice_v;  // index in layer_grams, -1 for none
+};
+
+enum ActivationId { kHomogeneous, kErf, kGaussian, kExp, kSin, kCos, kGelu, kHermite };
+
+// Covariance and mean of one point.
+struct RowState {
+    double var, mean;
+};
+NTK_INLINE RowState advance_row(const GeneralLayer& l, RowState r, double q, double mu) {
+    return {fma_(l.p * l.p, r.var, 2.0 * l.p * l.q * r.mean * mu) + fma_(l.r, q, l.vb), fma_(l.p, r.mean, l.q * mu)};
+}
+
+// State of a pair: half = (S_ii + S_jj)/2 - s S_ij, half the squared distance (s = 1) or half the squared sum (s = -1),
+// whichever is smaller.
+struct GeneralState {
+    double half, s, theta;
+};
+
+// x = 1 - |rho| of the pre-activations (covariance Lam = cw S + cb) and the sign of rho.
+struct Correlation {
+    double x, s;
+};
+NTK_INLINE Correlation fold(double x, double s) {
+    // Rounding may leave x just below 0; beyond 1 the other side is the smaller one.
+    x = at_least(x, 0.0);
+    return {x > 1.0 ? 2.0 - x : x, x > 1.0 ? -s : s};
+}
+NTK_INLINE Correlation correlation(const GeneralLayer& l, double half, double s, const RowNumbers& i,
+                                   const RowNumbers& j) {
+    double dn = i.root - j.root;
+    double g = fma_(l.cw, half, (1.0 - s) * l.cb) - 0.5 * dn * dn;
+    return fold(g * i.inv * j.inv, s);
+}
+// The same for the first layer, where x of S itself is known: also right for parallel rows of different length, for
+// which the difference above cancels. ni, nj: square roots of S_ii, S_jj.
+//   (cw (ni - nj)^2 - (root_i - root_j)^2) / 2 = cw (ni - nj)^2 / 2 * (R^2 - cw N^2) / R^2,  R = root_i + root_j, N = ni + nj
+NTK_INLINE Correlation first_correlation(const GeneralLayer& l, double x, double s, double ni, double nj,
+                                         const RowNumbers& i, const RowNumbers& j) {
+    double dn = ni - nj, sum = i.root + j.root;
+    double cross = fma_(l.cw, ni * nj, i.root * j.root);
+    double excess = 2.0 * l.cb * (1.0 + (cross > 0.0 ? fma_(l.cw, ni * ni + nj * nj, l.cb) / cross : 0.0));
+    double spread = sum > 0.0 ? 0.5 * l.cw * dn * dn * excess / (sum * sum) : 0.0;
+    double g = fma_(l.cw * ni * nj, x, spread) + (1.0 - s) * l.cb;
+    return fold(g * i.inv * j.inv, s);
+}
+
+struct GeneralTerms {
+    double own_w;   // r D cw S:  Gram of W for w = 1
+    double own_b;   // r D cb:    Gram of the inner bias for wb = 1
+    double own_v;   // r Q:       Gram of V for v = 1
+    double factor;  // p^2 + r cw D: what the layer does to earlier Grams
+};
+
+// The state after one layer, given the correlation c of the pre-activations and the expectations u of the activation.
+NTK_INLINE GeneralTerms general_step(const GeneralLayer& l, GeneralState& p, Correlation c, PairNumbers u,
+                                     const RowNumbers& i, const RowNumbers& j, RowState si, RowState sj, RowState ti,
+                                     RowState tj) {
+    double middle = 0.5 * (si.var + sj.var);
+    double cov = p.s * (middle - p.half);
+    double q = c.s * (0.5 * (i.q + j.q) - u.w);
+    GeneralTerms t;
+    t.own_w = l.r * u.d * (l.cw * cov);
+    t.own_b = l.r * u.d * l.cb;
+    t.own_v = l.r * q;
+    t.factor = fma_(l.r * l.cw, u.d, l.p * l.p);
+    p.theta = fma_(t.factor, p.theta, fma_(l.w, t.own_w, fma_(l.wb, t.own_b, fma_(l.v, t.own_v, l.vvb * l.vb))));
+    double half = c.s == p.s ? p.half : 2.0 * middle - p.half;
+    double cross = l.p * l.q * (si.mean - c.s * sj.mean) * (i.mu - c.s * j.mu);
+    half = fma_(l.p * l.p, half, cross) + fma_(l.r, u.w, (1.0 - c.s) * l.vb);
+    middle = 0.5 * (ti.var + tj.var);
+    p.half = half > middle ? 2.0 * middle - half : half;
+    p.s = half > middle ? -c.s : c.s;
+    return t;
+}
+
+}  // namespace ntk

@@ -1,0 +1,1 @@
+"""Neural tangent kernels of infinitely wide networks, fast and exact to rounding."""
