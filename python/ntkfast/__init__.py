@@ -1,1 +1,50 @@
-"""Neural tangent kernels of infinitely wide networks, fast and exact to rounding."""
+"""Neural tangent kernels of infinitely wide networks, fast and exact to rounding.
+
+>>> import numpy as np, ntkfast as nf
+>>> net = nf.resnet(depth=50, activation="relu")
+>>> K = nf.gram(net, np.eye(3))
+>>> K.shape
+(3, 3)
+"""
+
+import os as _os
+
+from ntkfast import _core
+from ntkfast._arrays import OutOfMemoryError
+from ntkfast.activation import Activation
+from ntkfast.gram import diagonal, gram, layer_grams
+from ntkfast.network import (
+    Bottleneck,
+    Dense,
+    Linear,
+    Network,
+    Readout,
+    Residual,
+    bottleneck_resnet,
+    fixed_readout_resnet,
+    fully_connected,
+    resnet,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activation",
+    "Bottleneck",
+    "Dense",
+    "Linear",
+    "Network",
+    "OutOfMemoryError",
+    "Readout",
+    "Residual",
+    "bottleneck_resnet",
+    "diagonal",
+    "fixed_readout_resnet",
+    "fully_connected",
+    "gram",
+    "layer_grams",
+    "resnet",
+]
+
+if hasattr(_os, "register_at_fork"):
+    _os.register_at_fork(after_in_child=_core.after_fork)

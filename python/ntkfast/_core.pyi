@@ -1,0 +1,36 @@
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_D = NDArray[np.float64]
+_I = NDArray[np.int32]
+_Points = tuple[NDArray[Any], _D, _D]
+
+class Plan:
+    def __init__(
+        self, prefix: _D, prefix_ints: _I, nu: float, beta: float, suffix: _D, suffix_ints: _I, tables: list[tuple[Any, ...]]
+    ) -> None: ...
+
+def tile(
+    plan: Plan,
+    products: NDArray[Any],
+    i: _Points,
+    j: _Points,
+    diagonal: int | None,
+    close: float,
+    outputs: list[Any],
+    slices: Any,
+) -> None: ...
+def pairs(
+    plan: Plan, x: _D, s: _D, norm_i: _D, norm_j: _D, mix: Sequence[float], single: bool = False, isa: str = ""
+) -> _D: ...
+def squares(x: NDArray[Any]) -> _D: ...
+def rows(plan: Plan, layer: int, var: _D, mean: _D) -> tuple[_D, _D, _D]: ...
+def scalar(name: str, x: NDArray[Any], isa: str = "") -> NDArray[Any]: ...
+def dual(plan: Plan, layer: int, a: _D, b: _D, x: _D, s: _D, isa: str = "") -> tuple[_D, _D]: ...
+def isa() -> str: ...
+def available() -> list[str]: ...
+def threads() -> int: ...
+def after_fork() -> None: ...

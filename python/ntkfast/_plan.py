@@ -1,0 +1,278 @@
+"""From a network to the numbers the compiled kernels run on.
+
+Layers without biases and with positively homogeneous activations come first (the *prefix*): there the norms of the
+inputs factor out, and a layer is four numbers made here in 40 digits, so that a thousand layers lose nothing. What
+follows (the *suffix*) runs on covariances. An unnormalised variance may exceed float64 although the normalised
+kernel is harmless, so the suffix is divided by powers of 4 wherever its activations allow it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal, localcontext
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkfast import _core, _hermite
+from ntkfast.activation import Activation
+from ntkfast.network import Coefficients, Network
+
+Array = NDArray[np.float64]
+
+_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494")
+_DIGITS = 40
+#: values of ActivationId in csrc/math/layer.h
+_IDS = {"erf": 1, "gaussian": 2, "exp": 3, "sin": 4, "cos": 5, "gelu": 6}
+_HERMITE = 7
+#: the ranges of kArcRange in csrc/math/arccos.h
+_RANGES = (0.5, 0.28, 0.1)
+#: bits by which the suffix is scaled down whenever its variance exceeds them
+_STEP = 64
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One result as theta Theta + cov S + mean b_i b_j + last G, plus a constant (the readout's bias)."""
+
+    theta: float
+    cov: float
+    mean: float
+    last: float
+    constant: float
+
+    def as_list(self) -> list[float]:
+        return [self.theta, self.cov, self.mean, self.last]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A network ready for the kernels."""
+
+    core: Any
+    prefix_only: bool
+    #: results are to be multiplied by root^2 * 4^exponent (prefix only: of unit-norm inputs)
+    root: float
+    exponent: int
+    layers: int
+    suffix_layers: int
+    table_bytes: int
+
+
+def mix_of(net: Network, get: str) -> Mix:
+    """How ``get`` is put together (MATH.md, section 9, last table; API.md, section 2)."""
+    out = net.readout
+    w, trained = out.weight_variance, float(out.trained)
+    if get == "ntk":
+        return Mix(w, trained * w, 0.0, 0.0, trained * out.bias_variance)
+    if get == "nngp":
+        return Mix(0.0, w, -w * out.centred, 0.0, out.bias_variance)
+    return Mix(0.0, 0.0, 0.0, w, 0.0)
+
+
+def _slices(net: Network) -> list[tuple[int, int]]:
+    """Index in ``layer_grams`` of the slices W and V of every layer, -1 for none."""
+    result, count = [], 0
+    for layer in net.layers:
+        names = layer.slices
+        w = count if "w" in names else -1
+        v = count + 1 if "v" in names else -1
+        count += len(names)
+        result.append((w, v))
+    return result
+
+
+@dataclass
+class _Unit:
+    """Unit-norm state through the prefix, 40 digits: nu = S_ii, beta = mean, lowest = least possible correlation."""
+
+    nu: Decimal = Decimal(1)
+    beta: Decimal = Decimal(0)
+    lowest: float = -1.0
+
+
+def _kappa(rho: float, e: float) -> float:
+    """Q / A of a homogeneous activation with slope e for u < 0, at correlation rho (float accuracy: only for ranges)."""
+    theta = math.acos(max(-1.0, min(1.0, rho)))
+    area = (math.sin(theta) - theta * math.cos(theta)) / math.pi
+    return 0.5 * (1 + e * e) * rho + 0.5 * (1 - e) ** 2 * area
+
+
+def _homogeneous_layer(c: Coefficients, activation: Activation, unit: _Unit) -> tuple[list[float], list[int]] | None:
+    """Numbers and flags of one prefix layer; advances `unit`. None if the layer sends everything to zero."""
+    e = Decimal(activation.slope)
+    h0, h1 = (1 + e * e) / 2, (1 - e) ** 2 / 2
+    mu = (1 - e) * (c.cw * unit.nu / (2 * _PI)).sqrt()
+    cross = 2 * c.p * c.q * unit.beta * mu
+    nu = c.p**2 * unit.nu + cross + c.r * c.cw * unit.nu * h0
+    # A skip and a branch may cancel exactly; 1e-30 of the terms is rounding of the 40 digits.
+    if nu <= Decimal("1e-30") * (c.p**2 * unit.nu + abs(cross)):
+        return None
+    a, branch, drift = c.p**2 * unit.nu / nu, c.r * c.cw * unit.nu / nu, cross / nu
+    numbers = [drift, 1 - a, branch * e, branch * h0, branch * h1, c.w, c.v, c.w_all]
+
+    def image(rho: float) -> float:
+        return float(a) * rho + float(drift) + float(branch) * _kappa(rho, float(e))
+
+    # The map of correlations is monotone, but for a minimum where its derivative a + branch D vanishes.
+    candidates = [unit.lowest]
+    slope = float(branch * h1)
+    if slope > 0:
+        kappa0 = -float(a + branch * e) / slope
+        if 0 < kappa0 < 1:
+            candidates.append(max(unit.lowest, math.cos(math.pi * (1 - kappa0))))
+    before, lowest = unit.lowest, min(1.0, min(image(rho) for rho in candidates) - 1e-12)
+    # The bound of _kappa is good to 1e-16, but rho = 0 exactly is the rule (ReLU at rho = -1), not the exception.
+    if c.p == 0 and drift == 0 and e <= 0 and e >= -1:
+        lowest = max(lowest, 0.0)
+    if before >= 0 and drift >= 0 and e >= -1:
+        lowest = max(lowest, 0.0)
+    z = (1 - before) / 2
+    signs = int(before < 0)
+    fits = 0 if signs else max(k for k, most in enumerate(_RANGES) if z <= most)
+    unit.nu, unit.beta, unit.lowest = nu, c.p * unit.beta + c.q * mu, lowest
+    return [float(x) for x in numbers], [signs, int(lowest < 0), fits]
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    numbers: Array
+    ints: NDArray[np.int32]
+    nu: Decimal
+    beta: Decimal
+
+
+@lru_cache(maxsize=64)
+def _prefix(net: Network) -> _Prefix:
+    unit, numbers, ints = _Unit(), [], []
+    slices = _slices(net)
+    with localcontext() as context:
+        context.prec = _DIGITS
+        for layer, slots in zip(net.layers, slices, strict=True):
+            if not layer.activation.homogeneous:
+                break
+            c = layer.coefficients(Decimal)
+            if c.cb != 0 or c.vb != 0:
+                break
+            made = _homogeneous_layer(c, layer.activation, unit)
+            if made is None:
+                break
+            numbers.append(made[0])
+            ints.append([*made[1], *slots])
+    return _Prefix(np.array(numbers, dtype=np.float64).reshape(-1, 8), np.array(ints, dtype=np.int32).reshape(-1, 5),
+                   unit.nu, unit.beta)  # fmt: skip
+
+
+def _split_root(nu: Decimal) -> tuple[float, int]:
+    """(r, k) with sqrt(nu) = r 2^k, 1 <= r < 2, for any nu > 0."""
+    with localcontext() as context:
+        context.prec = _DIGITS
+        root = nu.sqrt()
+        k = int((root.ln() / Decimal(2).ln()).to_integral_value())
+        r = float(root / Decimal(2) ** k)
+    return (r, k) if r >= 1 else (2 * r, k - 1)
+
+
+def _suffix_row(layer: Any, c: Coefficients, down: int, power: int) -> list[float]:
+    """Coefficients of a suffix layer whose input is scaled by 4^-down and whose output by 4^-(down + power)."""
+    half, full = 2.0**-power, 4.0**-power
+    cb, vb = float(c.cb) * 4.0**-down, float(c.vb) * 4.0 ** -(down + power)
+    slope = layer.activation.slope if layer.activation.homogeneous else 0.0
+    return [float(c.p) * half, float(c.q) * half, float(c.r) * full, float(c.cw), cb, float(c.w), float(c.wb),
+            float(c.v), vb, float(c.vvb), float(c.w_all), slope]  # fmt: skip
+
+
+def _table(layer: Any, h: int, c: list[float], var: Array, tolerance: float, cache: list[Any]) -> int:
+    """Index of the Hermite table of a layer for rows of variance `var`; the table joins `cache` if it is new."""
+    activation = layer.activation
+    tolerance = activation.tolerance or tolerance
+    lam = c[3] * var + c[4]
+    low, high = float(lam.min()), float(lam.max())
+    # Rows of one variance, up to rounding: 16 eps, what normalising and a few layers leave.
+    uniform = high - low <= 16 * np.finfo(np.float64).eps * high
+    for k, (key, kind, _) in enumerate(cache):
+        if key is activation and kind == uniform and _covers(cache[k][2], low, high, uniform):
+            return k
+    try:
+        if uniform:
+            table, bounds = _hermite.uniform_table(activation, high, tolerance), (low, high)
+        else:
+            table, bounds = _hermite.panel_table(activation, low, high, tolerance), (low, high)
+    except _hermite.ExpansionError as error:
+        row = int(np.argmin(np.abs(np.sqrt(lam) - error.sigma)))
+        raise ValueError(f"{error}: layer {h}, row {row}, pre-activation variance {lam[row]:.3g}; normalise the "
+                         f"rows or raise the tolerance: Activation.with_tolerance(...)") from None  # fmt: skip
+    cache.append((activation, uniform, (table, *bounds)))
+    return len(cache) - 1
+
+
+def _covers(entry: tuple[Any, float, float], low: float, high: float, uniform: bool) -> bool:
+    _, first, last = entry
+    if uniform:
+        return abs(high - last) <= 16 * np.finfo(np.float64).eps * last
+    # Tables are not stretched: a narrower range is covered, a much narrower one would waste terms.
+    return first <= low and high <= last and high > 0.5 * last
+
+
+def compile_network(net: Network, norms: Sequence[Array], single: bool) -> Compiled:
+    """Make the plan of a network for rows of the given norms (they matter only for Hermite expansions)."""
+    if not any(layer.activation.expanded for layer in net.layers):
+        return _compile(net)
+    return _build(net, norms, 1e-7 if single else 1e-12)
+
+
+@lru_cache(maxsize=64)
+def _compile(net: Network) -> Compiled:
+    return _build(net, (), 0.0)
+
+
+def _build(net: Network, norms: Sequence[Array], tolerance: float) -> Compiled:
+    prefix, slices = _prefix(net), _slices(net)
+    count = len(prefix.numbers)
+    with localcontext() as context:
+        context.prec = _DIGITS
+        unit_mean = float(prefix.beta / prefix.nu.sqrt())
+    root, exponent = _split_root(prefix.nu)
+    layers = net.layers[count:]
+    empty = np.zeros((0, 12)), np.zeros((0, 4), dtype=np.int32)
+    if not layers:
+        core = _core.Plan(prefix.numbers, prefix.ints, 1.0, unit_mean, *empty, [])
+        return Compiled(core, True, root, exponent, count, 0, 0)
+
+    # Scale down by 2^_STEP whenever the growth of a homogeneous suffix passes it.
+    scalable = all(layer.activation.homogeneous for layer in layers)
+    down = exponent - exponent % (_STEP // 2) if scalable and exponent > _STEP // 2 else 0
+    nu = math.ldexp(root * root, 2 * (exponent - down)) if 2 * (exponent - down) < 1000 else math.inf
+    growth = max(nu, 1.0)
+    rows, ints, cache = [], [], list[Any]()
+    var = nu * np.concatenate([r * r for r in norms]) if norms else np.zeros(1)
+    mean = unit_mean * math.sqrt(nu) * np.concatenate(norms) if norms else np.zeros(1)
+    plan_nu, plan_mean = nu, unit_mean * math.sqrt(nu)
+    last = max((k for k, layer in enumerate(layers) if layer.activation.expanded), default=-1)
+    for k, (layer, slots) in enumerate(zip(layers, slices[count:], strict=True)):
+        c, power = layer.coefficients(float), 0
+        if scalable:
+            h0 = 0.5 * (1 + layer.activation.slope**2)
+            growth = max(1.0, growth * (abs(c.p) + math.sqrt(c.r * c.cw * h0)) ** 2)
+            if growth > 2.0**_STEP:
+                power, growth = _STEP // 2, growth / 2.0**_STEP
+        row = _suffix_row(layer, c, down, power)
+        down += power
+        table = -1
+        if layer.activation.expanded:
+            table = _table(layer, count + k + 1, row, var, tolerance, cache)
+        rows.append(row)
+        kind = 0 if layer.activation.homogeneous else _IDS.get(layer.activation.name, _HERMITE)
+        ints.append([_HERMITE if layer.activation.expanded else kind, table, *slots])
+        if k < last:
+            step = _core.Plan(np.zeros((0, 8)), np.zeros((0, 5), dtype=np.int32), 1.0, 0.0, np.array([row]),
+                              np.array([ints[-1]], dtype=np.int32), [t[0].as_tuple() for _, _, t in cache])  # fmt: skip
+            var, mean, _ = _core.rows(step, 0, var, mean)
+    core = _core.Plan(prefix.numbers, prefix.ints, plan_nu, plan_mean, np.array(rows), np.array(ints, dtype=np.int32),
+                      [t[0].as_tuple() for _, _, t in cache])  # fmt: skip
+    size = sum(t[0].nbytes for _, _, t in cache)
+    return Compiled(core, False, 1.0, down, count, len(layers), size)

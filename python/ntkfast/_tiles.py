@@ -1,0 +1,176 @@
+"""The one tile iterator: every Gram matrix is computed by :func:`run`, tile by tile.
+
+A tile is a rectangle of the result. Its inner products come from NumPy's BLAS, straight into the result where that is
+possible; then the epilogue (compiled kernels with their own threads) turns them into kernels in place. The two pools of
+threads never run at once. Between calls Python regains control at least every few tenths of a second, so Ctrl-C works.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+#: Rows of a tile. Products of fewer rows run slower, larger tiles leave more of the symmetric half undone.
+SIDE = 2048
+#: Floating-point operations of one product call: half a second on one slow core.
+_PRODUCT = 2e10
+#: Seconds one call into the compiled kernels should take at most.
+_CALL = 0.15
+#: Largest scratch of one tile in bytes: results that cannot be written in place, copies of rows.
+_SCRATCH = 32 << 20
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of the result; `mirrored`: the transposed tile is to be filled from this one."""
+
+    rows: slice
+    cols: slice
+    mirrored: bool
+
+    @property
+    def diagonal(self) -> bool:
+        return self.mirrored and self.rows == self.cols
+
+    @property
+    def entries(self) -> int:
+        n, m = self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
+        return n * (n + 1) // 2 if self.diagonal else n * m
+
+
+def _parts(n: int, side: int) -> list[slice]:
+    count = -(-n // side)
+    return [slice(n * k // count, n * (k + 1) // count) for k in range(count)]
+
+
+def tiles(n: int, m: int, symmetric: bool, side: int) -> Iterator[Tile]:
+    """All tiles of an (n, m) result; only those on and above the diagonal if it is symmetric."""
+    rows = _parts(n, side)
+    cols = rows if symmetric else _parts(m, side)
+    for i, row in enumerate(rows):
+        for j, col in enumerate(cols):
+            if not symmetric or j >= i:
+                yield Tile(row, col, symmetric)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the iterator.
+
+    outputs are (n, m) or, for layer_grams, one (P, n, m); anything with slice assignment. `epilogue` is called as
+    epilogue(tile, part, products, views, mirrors): `part` rows of the tile (relative to it), their inner products, the
+    views of the outputs they belong to, and the transposed views or None.
+    """
+
+    x: Array  #: (n, d)
+    y: Array  #: (m, d); x itself if symmetric
+    outputs: tuple[Any, ...]
+    symmetric: bool
+    epilogue: Callable[[Tile, slice, Array, list[Array], list[Array | None]], None]
+    nanoseconds: float  #: estimated time of one pair on all threads
+    progress: Any = False
+
+
+def side_of(job: Job) -> int:
+    """Rows of a tile, so that neither its product nor its scratch is too large."""
+    side = SIDE
+    dim = max(1, job.x.shape[1])
+    while side > 256 and 2.0 * side * side * dim > _PRODUCT:
+        side //= 2
+    slices = job.outputs[0].shape[0] if len(job.outputs[0].shape) == 3 else len(job.outputs)
+    if not all(_direct(out, job.x.dtype) for out in job.outputs):
+        while side > 128 and side * side * slices * job.x.itemsize > _SCRATCH:
+            side //= 2
+    return side
+
+
+def _direct(out: Any, dtype: np.dtype[Any]) -> bool:
+    """True if the compiled kernels can write into `out` themselves."""
+    return (isinstance(out, np.ndarray) and out.dtype == dtype and out.flags.writeable and out.flags.aligned
+            and out.strides[-1] == out.itemsize and out.strides[-2] > 0 and out.strides[-2] % out.itemsize == 0)  # fmt: skip
+
+
+def product(x: Array, y: Array, out: Array) -> None:
+    """out = x y^T by NumPy's BLAS."""
+    if x is y and x.shape[1] < 512 and x.nbytes <= _SCRATCH:
+        # NumPy calls syrk for x x^T and then mirrors entry by entry, which costs more than it saves for short rows.
+        y = x.copy()
+    np.matmul(x, y.T, out=out)
+
+
+def run(job: Job) -> None:
+    """Fill the outputs of a job."""
+    n, m = len(job.x), len(job.y)
+    side = side_of(job)
+    todo = list(tiles(n, m, job.symmetric, side))
+    with _Progress(job.progress, sum(tile.entries for tile in todo)) as bar:
+        for tile in todo:
+            _run_tile(job, tile, bar)
+
+
+def _run_tile(job: Job, tile: Tile, bar: _Progress) -> None:
+    x, y = job.x[tile.rows], job.y[tile.cols]
+    if tile.diagonal:
+        y = x
+    views, mirrors, stores = [], [], []
+    for out in job.outputs:
+        if _direct(out, job.x.dtype):
+            views.append(out[..., tile.rows, tile.cols])
+            mirrors.append(out[..., tile.cols, tile.rows] if tile.mirrored else None)
+            continue
+        scratch = np.empty((*out.shape[:-2], len(x), len(y)), dtype=job.x.dtype)
+        views.append(scratch)
+        mirrors.append(scratch if tile.diagonal else None)
+        stores.append((out, scratch))
+    products = views[0] if views[0].ndim == 2 else views[0][0]
+    product(x, y, products)
+    step = max(32, int(_CALL / (1e-9 * job.nanoseconds * len(y))) // 32 * 32)
+    for start in range(0, len(x), step):
+        part = slice(start, min(start + step, len(x)))
+        job.epilogue(tile, part, products[part], [v[..., part, :] for v in views],
+                     [None if t is None else t[..., :, part] for t in mirrors])  # fmt: skip
+        bar.add(tile.entries * (part.stop - part.start) / len(x))
+    for out, scratch in stores:
+        out[..., tile.rows, tile.cols] = scratch
+        if tile.mirrored and not tile.diagonal:
+            out[..., tile.cols, tile.rows] = np.swapaxes(scratch, -1, -2)
+
+
+class _Progress:
+    """A tqdm bar if it is installed, else a line on stderr every few seconds, else nothing."""
+
+    def __init__(self, wanted: Any, total: int) -> None:
+        self.total, self.done, self.bar, self.wanted = total, 0.0, None, bool(wanted)
+        if not self.wanted:
+            return
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            self.start = self.shown = time.monotonic()
+        else:
+            self.bar = tqdm(total=100.0, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def add(self, entries: float) -> None:
+        """Count pairs that are done."""
+        self.done += entries
+        if self.bar is not None:
+            self.bar.update(100.0 * entries / self.total)
+        elif self.wanted and time.monotonic() - self.shown > 5:
+            self.shown = time.monotonic()
+            left = (self.shown - self.start) * (self.total / self.done - 1)
+            print(f"ntkfast: {100 * self.done / self.total:.0f} % done, about {left:.0f} s left", file=sys.stderr)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()

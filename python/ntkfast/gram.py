@@ -1,0 +1,400 @@
+"""Gram matrices of infinitely wide networks: validate, compile, run the tiles."""
+
+from __future__ import annotations
+
+import time
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkfast import _core
+from ntkfast._arrays import (
+    Points,
+    as_numpy,
+    as_points,
+    check_device,
+    check_matrix,
+    check_memory,
+    result_dtype,
+)
+from ntkfast._plan import Compiled, Mix, compile_network, mix_of
+from ntkfast._tiles import Job, Tile, product, run, side_of
+from ntkfast.network import Network
+
+Array = NDArray[Any]
+Vector = NDArray[np.float64]
+
+KINDS = ("ntk", "nngp", "last_hidden")
+#: Pairs whose 1 - |rho| is smaller get it from differences. The error of an inner product, about 3 eps, moves the angle
+#: theta by 3 eps / theta; at these limits that is 1e-14 (float64) and 2e-6 (float32).
+CLOSE = {np.dtype(np.float64): 1e-3, np.dtype(np.float32): 1.0 / 64}
+
+
+class _Problem:
+    """Checked inputs and the compiled network of one call."""
+
+    def __init__(self, net: Network, X: Any, Y: Any, dtype: Any, device: Any) -> None:
+        if not isinstance(net, Network):
+            raise TypeError(f"net must be a Network (fully_connected, resnet, ...), got {type(net).__name__}")
+        check_device(device)
+        x, self.wrap = as_numpy(X, "X")
+        check_matrix(x, "X")
+        y = None if Y is None else as_numpy(Y, "Y")[0]
+        if y is not None:
+            check_matrix(y, "Y")
+            if x.shape[1] != y.shape[1]:
+                raise ValueError(f"X has {x.shape[1]} features and Y has {y.shape[1]}")
+        self.dtype = result_dtype(dtype, ("X", x), *([] if y is None else [("Y", y)]))
+        self.net = net
+        self.shape = (len(x), len(x) if y is None else len(y))
+        self.x = as_points(x, "X", self.dtype)
+        self.y = self.x if y is None else as_points(y, "Y", self.dtype)
+        self.symmetric = y is None
+        norms = [self.x.norm] if self.symmetric else [self.x.norm, self.y.norm]
+        self.compiled = compile_network(net, norms, self.dtype == np.float32)
+
+    @property
+    def nanoseconds(self) -> float:
+        """Rough time of one pair on all threads, for the length of a call (not for promises)."""
+        one = 1.5 * self.compiled.layers + 12.0 * self.compiled.suffix_layers
+        return max(1.0, one * (1 if self.compiled.table_bytes == 0 else 4)) / _core.threads()
+
+
+def _unit(compiled: Compiled, mix: Mix, single: bool) -> float:
+    """A result of two equal unit-norm points, before the readout's constant (prefix only)."""
+    one = np.ones(1)
+    return float(_core.pairs(compiled.core, np.zeros(1), one, one, one, mix.as_list(), single)[0])
+
+
+def _equal_pairs(compiled: Compiled, mix: Mix, points: Points) -> Vector:
+    """The diagonal without constant and scale (networks with a suffix)."""
+    n = len(points)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(_core.pairs(compiled.core, np.zeros(n), np.ones(n), points.norm, points.norm, mix.as_list()))
+
+
+def _scaled(compiled: Compiled, mix: Mix, points: Points, single: bool) -> tuple[Vector, Vector]:
+    """(d, f): the diagonal is d f^2 + constant, and K_ij = (..) f_i f_j + constant, unnormalised."""
+    if compiled.prefix_only:
+        with np.errstate(over="ignore"):
+            f = np.ldexp(points.norm * compiled.root, compiled.exponent)
+        return np.full(len(points), _unit(compiled, mix, single)), f
+    return _equal_pairs(compiled, mix, points), np.full(len(points), np.ldexp(1.0, compiled.exponent))
+
+
+def _refuse_overflow(values: Vector, name: str, get: str, dtype: np.dtype[Any], hint: str) -> None:
+    """`values` is a diagonal; it bounds every entry."""
+    bad = ~(np.abs(values) <= float(np.finfo(dtype).max))
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise OverflowError(f"the {get} of row {row} of {name} does not fit in {dtype}; {hint}")
+
+
+def _factors(
+    problem: _Problem, get: str, mix: Mix, points: Points, name: str, normalize: bool
+) -> tuple[Vector, Vector, Vector]:
+    """(f, h, diagonal) of one side: K_ij = (..) f_i f_j + h_i h_j."""
+    compiled = problem.compiled
+    d, f = _scaled(compiled, mix, points, problem.dtype == np.float32)
+    root = np.sqrt(mix.constant)
+    if not normalize:
+        with np.errstate(over="ignore", invalid="ignore"):
+            diagonal = (f * d) * f + mix.constant
+        _refuse_overflow(diagonal, name, get, problem.dtype, "use normalize=True, smaller rows or dtype=numpy.float64")
+        return f, np.full(len(points), root), diagonal
+    _refuse_overflow(d, name, get, np.dtype(np.float64), "its variance itself overflows: normalise the rows")
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        relative = np.where(f > 0, mix.constant / f / f, np.inf if mix.constant > 0 else 0.0)
+        # Against the norm of the points: f carries it for a prefix, d for a suffix.
+        total = d + relative
+        scale = np.where((total > 0) & np.isfinite(total), 1 / np.sqrt(total), 0.0)
+        constant = np.where(d > 0, root / f * scale, 1.0 if root > 0 else 0.0) if root > 0 else np.zeros(len(points))
+        constant = np.where(np.isfinite(constant), constant, 1.0 if root > 0 else 0.0)
+    if compiled.prefix_only:
+        scale = np.where(points.norm > 0, scale, 0.0)
+    return scale, constant, np.where(d * scale * scale + constant * constant > 0, 1.0, 0.0)
+
+
+def _check_kinds(get: Any) -> tuple[str, ...]:
+    kinds = (get,) if isinstance(get, str) else tuple(get) if isinstance(get, (tuple, list)) else ()
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"get={kind!r} is unknown; use one of {', '.join(KINDS)}, or a tuple of them")
+    if not kinds or len(set(kinds)) != len(kinds):
+        raise ValueError(f"get={get!r}: use one of {', '.join(KINDS)}, or a tuple of different ones")
+    return kinds
+
+
+def _allocate(
+    out: Any, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any], names: Sequence[str], inputs: Sequence[Array]
+) -> list[Any]:
+    """The given outputs, checked, or new ones if they fit in memory."""
+    if out is None:
+        needed = sum(int(np.prod(shape, dtype=object)) for shape in shapes) * dtype.itemsize
+        check_memory(needed, f"the result, {' and '.join(str(s) for s in shapes)} {dtype},")
+        return [np.empty(shape, dtype=dtype) for shape in shapes]
+    outs = list(out) if isinstance(out, (tuple, list)) else [out]
+    if len(outs) != len(shapes):
+        raise ValueError(f"out= must hold {len(shapes)} arrays, one for each of {', '.join(names)}; got {len(outs)}")
+    for name, array, shape in zip(names, outs, shapes, strict=True):
+        if tuple(getattr(array, "shape", ())) != shape:
+            raise ValueError(f"out= for {name} has shape {getattr(array, 'shape', None)}, the result has {shape}")
+        if np.dtype(array.dtype) != dtype:
+            raise TypeError(f"out= for {name} has dtype {array.dtype}, the result has {dtype}")
+        if isinstance(array, np.ndarray):
+            if not array.flags.writeable:
+                raise ValueError(f"out= for {name} is read-only")
+            if any(np.may_share_memory(array, x) for x in inputs):
+                raise ValueError(f"out= for {name} overlaps an input")
+    arrays = [a for a in outs if isinstance(a, np.ndarray)]
+    if any(np.may_share_memory(a, b) for k, a in enumerate(arrays) for b in arrays[:k]):
+        raise ValueError("the arrays of out= overlap each other")
+    return outs
+
+
+def _epilogue(
+    problem: _Problem, outputs: Callable[[Tile, slice, list[Array], list[Array | None]], tuple[list[Any], Any]]
+) -> Callable[[Tile, slice, Array, list[Array], list[Array | None]], None]:
+    """The one epilogue: inner products, row numbers and close pairs to results, by the compiled kernels."""
+    close = CLOSE[problem.dtype]
+    core = problem.compiled.core
+
+    def epilogue(tile: Tile, part: slice, products: Array, views: list[Array], mirrors: list[Array | None]) -> None:
+        rows = slice(tile.rows.start + part.start, tile.rows.start + part.stop)
+        results, slices = outputs(tile, rows, views, mirrors)
+        # On a tile of the diagonal row i of this part and column i + part.start are one point.
+        diagonal = -part.start if tile.diagonal else None
+        _core.tile(core, products, problem.x.tile(rows), problem.y.tile(tile.cols), diagonal, close, results, slices)
+
+    return epilogue
+
+
+def gram(
+    net: Network,
+    X: Any,
+    Y: Any = None,
+    *,
+    get: str | tuple[str, ...] = "ntk",
+    normalize: bool = False,
+    device: Any = None,
+    dtype: Any = None,
+    out: Any = None,
+    progress: bool = False,
+) -> Any:
+    """Gram matrix of an infinitely wide network.
+
+    Parameters
+    ----------
+    net : Network
+        From :func:`fully_connected`, :func:`resnet`, :func:`bottleneck_resnet`, :func:`fixed_readout_resnet` or
+        :class:`Network`.
+    X : array, shape (n, d)
+        Points: NumPy or anything with DLPack or the buffer protocol, in host memory. float32 gives float32, float64
+        float64; integers and booleans become float64. Zero rows are legal.
+    Y : array, shape (m, d), optional
+        Other points. ``None`` means X: half the work, an exactly symmetric result, an exact diagonal.
+    get : str or tuple of str
+        ``"ntk"``: tangent kernel; ``"nngp"``: covariance of the output at initialisation; ``"last_hidden"``: Gram of the
+        last inner matrix (K_def of Du et al.). A tuple gives a named tuple of matrices.
+    normalize : bool
+        K_ij / sqrt(K_ii K_jj) (0 where the diagonal is 0), from a scaled recursion that does not overflow with depth.
+    device : None or "cpu"
+    dtype : float32 or float64, optional
+        Of arithmetic and result.
+    out : array (or tuple of arrays), optional
+        Where the result goes; anything with slice assignment, e.g. ``numpy.memmap``. Filled tile by tile.
+    progress : bool
+        Show a progress bar (tqdm if installed).
+
+    Returns
+    -------
+    array, shape (n, m), or named tuple of such
+        Of the kind and dtype of X.
+
+    Raises
+    ------
+    TypeError
+        dtype that is not real (float16 and complex included), X and Y of different dtypes.
+    ValueError
+        Wrong shape, entries not finite (names the first bad row), unknown ``get``; a Hermite expansion that does not reach
+        its tolerance.
+    OverflowError
+        The result does not fit in its dtype; ``normalize=True`` may.
+    OutOfMemoryError
+        The result does not fit in memory (before anything is allocated).
+
+    Notes
+    -----
+    Formulas: Du et al. (arXiv 1811.03804) sections 5 and 6, Huang et al. (2002.06262) equation (3), Frei, Cao, Gu
+    (1910.02934); :mod:`ntkfast.reference` repeats them line by line. Angles between close and between opposite points come
+    from differences and sums. The cost is at most about three products X X^T more if all pairs are close.
+
+    Examples
+    --------
+    >>> import numpy as np, ntkfast as nf
+    >>> X = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 0.0]])
+    >>> nf.gram(nf.fully_connected(depth=2), X).round(4)
+    array([[3.    , 1.9079, 0.    ],
+           [1.9079, 3.    , 0.    ],
+           [0.    , 0.    , 0.    ]])
+    >>> ntk, nngp = nf.gram(nf.resnet(depth=3, activation="erf"), X, get=("ntk", "nngp"))
+    """
+    kinds = _check_kinds(get)
+    problem = _Problem(net, X, Y, dtype, device)
+    mixes = [mix_of(net, kind) for kind in kinds]
+    left = [_factors(problem, k, mix, problem.x, "X", normalize) for k, mix in zip(kinds, mixes, strict=True)]
+    right = left
+    if not problem.symmetric:
+        right = [_factors(problem, k, mix, problem.y, "Y", normalize) for k, mix in zip(kinds, mixes, strict=True)]
+    outs = _allocate(out, [problem.shape] * len(kinds), problem.dtype, kinds, [problem.x.rows, problem.y.rows])
+
+    def outputs(tile: Tile, rows: slice, views: list[Array], mirrors: list[Array | None]) -> tuple[list[Any], Any]:
+        return [(view, mirror, mix.as_list(), f[rows], g[tile.cols], h[rows], k[tile.cols])
+                for view, mirror, mix, (f, h, _), (g, k, _) in zip(views, mirrors, mixes, left, right, strict=True)], None  # fmt: skip
+
+    run(Job(problem.x.rows, problem.y.rows, tuple(outs), problem.symmetric, _epilogue(problem, outputs),
+            problem.nanoseconds, progress))  # fmt: skip
+    if problem.symmetric and normalize:
+        for array, (_, _, diagonal) in zip(outs, left, strict=True):
+            _set_diagonal(array, diagonal)
+    results = outs if out is not None else [problem.wrap(a) for a in outs]
+    return results[0] if isinstance(get, str) else namedtuple("Grams", kinds)(*results)  # noqa: PYI024
+
+
+def _set_diagonal(array: Any, diagonal: Vector) -> None:
+    """1 exactly (0 for a kernel that is 0 there), not 1 up to rounding."""
+    if isinstance(array, np.ndarray):
+        np.fill_diagonal(array, diagonal)
+        return
+    for k, value in enumerate(diagonal):
+        array[k, k] = value
+
+
+def layer_grams(
+    net: Network,
+    X: Any,
+    Y: Any = None,
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    out: Any = None,
+    progress: bool = False,
+) -> Any:
+    """One Gram matrix per trained weight matrix; their sum is the NTK.
+
+    Parameters are those of :func:`gram`.
+
+    Returns
+    -------
+    array, shape (P, n, m)
+        In network order (:attr:`Network.slices` names them): every layer's W, after it V (Bottleneck), the readout last. A
+        bias is added to the slice of its matrix; every slice includes the readout's variance; frozen matrices have none.
+
+    Raises
+    ------
+    The errors of :func:`gram`.
+
+    Notes
+    -----
+    G^(1), ..., G^(H+1) of Du et al. (arXiv 1811.03804, sections 5 and 6; MATH.md sections 1, 2, 4, 5).
+
+    Examples
+    --------
+    >>> import numpy as np, ntkfast as nf
+    >>> net, X = nf.resnet(depth=3), np.eye(2)
+    >>> G = nf.layer_grams(net, X)
+    >>> G.shape, net.slices
+    ((4, 2, 2), ('1.W', '2.W', '3.W', 'readout'))
+    >>> bool(np.allclose(G.sum(axis=0), nf.gram(net, X)))
+    True
+    """
+    problem = _Problem(net, X, Y, dtype, device)
+    count, readout = len(net.slices), net.readout
+    mix = mix_of(net, "ntk")
+    left = _factors(problem, "ntk", mix, problem.x, "X", False)[0] * np.sqrt(readout.weight_variance)
+    right = left
+    if not problem.symmetric:
+        right = _factors(problem, "ntk", mix, problem.y, "Y", False)[0] * np.sqrt(readout.weight_variance)
+    outs = _allocate(out, [(count, *problem.shape)], problem.dtype, ["layer_grams"], [problem.x.rows, problem.y.rows])
+
+    def outputs(tile: Tile, rows: slice, views: list[Array], mirrors: list[Array | None]) -> tuple[list[Any], Any]:
+        index = count - 1 if readout.trained else -1
+        return [], (views[0], mirrors[0], left[rows], right[tile.cols], index, 1.0, readout.bias_variance)
+
+    if count:
+        run(Job(problem.x.rows, problem.y.rows, tuple(outs), problem.symmetric, _epilogue(problem, outputs),
+                problem.nanoseconds, progress))  # fmt: skip
+    return outs[0] if out is not None else problem.wrap(outs[0])
+
+
+def diagonal(net: Network, X: Any, *, get: str = "ntk", dtype: Any = None) -> Any:
+    """The diagonal of :func:`gram` in O(n) time and memory.
+
+    Parameters
+    ----------
+    net : Network
+    X : array, shape (n, d)
+    get : "ntk", "nngp" or "last_hidden"
+
+    Returns
+    -------
+    array, shape (n,)
+
+    Raises
+    ------
+    The errors of :func:`gram`.
+
+    Examples
+    --------
+    >>> import numpy as np, ntkfast as nf
+    >>> nf.diagonal(nf.fully_connected(depth=3), 2 * np.eye(2))
+    array([16., 16.])
+    """
+    (kind,) = _check_kinds(get)
+    problem = _Problem(net, X, None, dtype, None)
+    values = _factors(problem, kind, mix_of(net, kind), problem.x, "X", False)[2]
+    return problem.wrap(values.astype(problem.dtype))
+
+
+def plan(net: Network, X: Any) -> str:
+    """What ``gram(net, X)`` will do; see :meth:`Network.plan`."""
+    problem = _Problem(net, X, None, None, None)
+    n, d = problem.x.rows.shape
+    compiled = problem.compiled
+    out = np.empty((0, 0), dtype=problem.dtype)
+    side = min(n, side_of(Job(problem.x.rows, problem.x.rows, (out,), True, lambda *_: None, 1.0)))
+    if compiled.prefix_only:
+        why = (f"recursion on correlations: {compiled.layers} layers without biases, positively homogeneous activations, "
+               "norms factor out")  # fmt: skip
+    else:
+        head = f"{compiled.layers} on correlations, then " if compiled.layers else ""
+        why = (f"recursion: {head}{compiled.suffix_layers} layers on half squared distances in float64 (biases, or "
+               "activations that are not positively homogeneous)")  # fmt: skip
+    if compiled.table_bytes:
+        why += f"; Hermite tables of {compiled.table_bytes / 1e6:.1f} MB"
+    tiles = -(-n // side)
+    size = n * n * problem.dtype.itemsize
+    return (f"{why}\n{n} points of {d} features, {problem.dtype}, {_core.isa()} with {_core.threads()} threads; "
+            f"products by BLAS in {tiles * (tiles + 1) // 2} tiles of {side} rows, in place\n"
+            f"result {size / 1e6:,.0f} MB; about {_estimate(problem, n):.2g} s")  # fmt: skip
+
+
+def _estimate(problem: _Problem, n: int) -> float:
+    """Seconds for a symmetric Gram matrix, from a small one of the same rows."""
+    small = min(n, 256)
+    x = problem.x.rows[:small]
+    scratch = np.empty((small, small), dtype=problem.dtype)
+    part = slice(0, small)
+    ones = np.ones(small)
+    times = []
+    for _ in range(2):  # the first run starts the threads
+        start = time.perf_counter()
+        product(x, x.copy(), scratch)
+        middle = time.perf_counter()
+        out = [(scratch, None, [1.0, 1.0, 0.0, 0.0], ones, ones, ones, ones)]
+        _core.tile(problem.compiled.core, scratch, problem.x.tile(part), problem.x.tile(part), None, 0.0, out, None)
+        times = [middle - start, time.perf_counter() - middle]
+    return (n / small) ** 2 * (times[0] + times[1]) / 2 * (1 if n > small else 2)
