@@ -91,7 +91,7 @@ def points():
 LOOSE = np.full((6, 6), 1e-14)
 LOOSE[0, 1] = LOOSE[1, 0] = LOOSE[1, 3] = LOOSE[3, 1] = 2e-13
 LOOSE[2, :4] = LOOSE[:4, 2] = 1e-12
-LOOSE[0, 3] = LOOSE[3, 0] = 3e-8
+LOOSE[0, 3] = LOOSE[3, 0] = 1e-7
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -108,10 +108,10 @@ def test_kernels_have_the_exact_value(name):
         check(got, wanted, LOOSE * scale)
         np.testing.assert_array_equal(got, got.T)
         check(
-            reference.gram(net, X, X[1:4], get=get), wanted[:, 1:4], (np.maximum(LOOSE, 3e-8) * scale)[:, 1:4]
+            reference.gram(net, X, X[1:4], get=get), wanted[:, 1:4], (np.maximum(LOOSE, 1e-7) * scale)[:, 1:4]
         )
         check(reference.gram(net, X[:2], X[4:], get=get), wanted[:2, 4:], (LOOSE * scale)[:2, 4:])
-        check(reference.diagonal(net, X, get=get), np.diag(wanted), 2e-15 * np.diag(scale))
+        check(reference.diagonal(net, X, get=get), np.diag(wanted), 5e-15 * np.diag(scale))
     slices = reference.layer_grams(net, X)
     assert slices.shape == (len(net.slices), 6, 6)
     wanted = np.array([[[float(k.layers[s]) for k in row] for row in exact] for s in range(len(slices))])
@@ -136,7 +136,7 @@ def test_normalized(name):
         check(K, np.array(exact, dtype=float), 3 * LOOSE)
         np.testing.assert_array_equal(np.diag(K), reference.diagonal(net, X, get=get) > 0)
     K = reference.gram(net, X[:1], X[3:], normalize=True)
-    check(K, reference.gram(net, X, normalize=True)[:1, 3:], 3e-8)
+    check(K, reference.gram(net, X, normalize=True)[:1, 3:], 1e-7)
 
 
 def test_zero_input_of_a_network_without_biases_gives_zero():

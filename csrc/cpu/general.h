@@ -40,7 +40,11 @@ static void hermite_rows(const HermiteTable& t, const GeneralLayer& l, RowArrays
         RowNumbers r = make_row(fma_(l.cw, a.var[k], l.cb));
         r.q = t.even_sum + t.odd_sum;
         r.mu = t.mean;
-        if (t.panels > 0) {
+        if (t.panels > 0 && r.lam == 0.0) {  // s(0) is all there is
+            for (int m = 0; m < terms; ++m) a.hermite[m * kCols + k] = 0.0;
+            if (t.evens > 0) a.hermite[k] = t.mean;
+            r.q = t.mean * t.mean;
+        } else if (t.panels > 0) {
             int panel = 0;
             while (panel + 1 < t.panels && r.root > t.edges[panel + 1]) ++panel;
             const double low = t.edges[panel], high = t.edges[panel + 1];

@@ -20,7 +20,7 @@ struct HermiteTable {
     const double* odd_defect;       // (odds,)
     const double* odd_derivative;   // (odds,)
     double even_sum, odd_sum;       // sum_even p_k, sum_odd p_k
-    double mean;                    // a_0
+    double mean;                    // a_0; with panels: s(0), for rows of variance 0
 };
 
 // One variance: w = (Q_ii + Q_jj)/2 - s Q_ij and D from the four sums above.

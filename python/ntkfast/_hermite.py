@@ -47,7 +47,7 @@ def _erf(z: Array) -> Array:
 def _grid(nodes: int, terms: int) -> tuple[Array, Array, Array]:
     """Trapezoidal nodes z, sqrt(weight) and h_k(z) sqrt(weight), (terms, nodes); weight = step * density of z."""
     z = np.linspace(-REACH, REACH, nodes)
-    root = np.sqrt((z[1] - z[0]) / np.sqrt(2 * np.pi)) * np.exp(-0.25 * z * z)
+    root = np.sqrt(2 * REACH / (nodes - 1) / np.sqrt(2 * np.pi)) * np.exp(-0.25 * z * z)
     h = np.empty((terms, nodes))
     h[0] = root
     if terms > 1:
@@ -176,8 +176,9 @@ def uniform_table(activation: Activation, variance: float, tolerance: float) -> 
 def panel_table(activation: Activation, low: float, high: float, tolerance: float) -> Table:
     """The table for variances between `low` and `high`: a_k as Chebyshev series in sqrt(A), panel by panel."""
     low, high = float(np.sqrt(low)), float(np.sqrt(high))
-    first = max(low, high / 64)
-    count = max(1, int(np.ceil(np.log2(high / first))))
+    # One panel an octave: a_1 ~ sqrt(A) keeps its relative accuracy on each. Below 2^-40 of the largest only the absolute one.
+    first = max(low, high * 2.0**-40)
+    count = max(1, int(np.ceil(np.log2(high / first) - 1e-9)))
     edges = first * (high / first) ** (np.arange(count + 1) / count)
     edges[0] = 0.0 if low < first else low
     edges[-1] = high
@@ -193,12 +194,16 @@ def panel_table(activation: Activation, low: float, high: float, tolerance: floa
         transform[0] *= 0.5
         series = np.einsum("on,pnk->pko", transform, a[:, :order])
         value = np.einsum("pko,oc->pck", series, np.cos(np.outer(np.arange(order), np.arccos(check))))
-        scale = np.sqrt((a * a).sum(axis=2)).max()
-        if np.abs(value - a[:, order:]).max() <= max(1e-14, 1e-3 * tolerance) * scale:
+        scale = np.sqrt((a * a).sum(axis=2)).max(axis=1)
+        if (np.abs(value - a[:, order:]).max(axis=(1, 2)) <= max(1e-14, 1e-3 * tolerance) * scale).all():
             break
     else:
         raise ExpansionError(f"the Hermite coefficients of {activation.name!r} vary too fast with the variance", high)
     evens, odds = _parity(a.reshape(-1, a.shape[2]))
     coefficients = _split(np.moveaxis(series, 1, 2), evens, odds)
     return Table(evens, odds, np.ascontiguousarray(edges), np.ascontiguousarray(np.moveaxis(coefficients, 1, 2)),
-                 np.zeros(2 * (evens + odds)), 0.0, 0.0, 0.0)  # fmt: skip
+                 np.zeros(2 * (evens + odds)), 0.0, 0.0, _at_zero(activation))  # fmt: skip
+
+
+def _at_zero(activation: Activation) -> float:
+    return float(np.asarray(_function(activation)(np.zeros(1)))[0])

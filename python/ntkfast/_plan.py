@@ -132,7 +132,7 @@ def _homogeneous_layer(c: Coefficients, activation: Activation, unit: _Unit) -> 
     if before >= 0 and drift >= 0 and e >= -1:
         lowest = max(lowest, 0.0)
     z = (1 - before) / 2
-    signs = int(before < 0)
+    signs = int(before < 0 or lowest < 0)
     fits = 0 if signs else max(k for k, most in enumerate(_RANGES) if z <= most)
     unit.nu, unit.beta, unit.lowest = nu, c.p * unit.beta + c.q * mu, lowest
     return [float(x) for x in numbers], [signs, int(lowest < 0), fits]
@@ -191,9 +191,10 @@ def _table(layer: Any, h: int, c: list[float], var: Array, tolerance: float, cac
     activation = layer.activation
     tolerance = activation.tolerance or tolerance
     lam = c[3] * var + c[4]
-    low, high = float(lam.min()), float(lam.max())
+    high = float(lam.max())
+    low = float(lam[lam > 0].min()) if high > 0 else 0.0  # the tables know 0 apart
     # Rows of one variance, up to rounding: 16 eps, what normalising and a few layers leave.
-    uniform = high - low <= 16 * np.finfo(np.float64).eps * high
+    uniform = high - float(lam.min()) <= 16 * np.finfo(np.float64).eps * high
     for k, (key, kind, _) in enumerate(cache):
         if key is activation and kind == uniform and _covers(cache[k][2], low, high, uniform):
             return k

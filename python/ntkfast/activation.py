@@ -61,20 +61,24 @@ class Activation:
         if self.function is None and self.name not in NAMES:
             raise ValueError(f"unknown activation {self.name!r}; use one of {', '.join(NAMES)}, "
                              "or Activation.from_function(f)")  # fmt: skip
-        if self.function is None and math.isnan(self.slope):
-            slopes = {"relu": 0.0, "leaky_relu": 0.01, "abs": -1.0, "identity": 1.0}
-            # 2.0 stands for "no slope" and keeps instances comparable, which NaN would not be.
-            object.__setattr__(self, "slope", slopes.get(self.name, 2.0))
-        if self.function is not None and math.isnan(self.slope):
-            object.__setattr__(self, "slope", 2.0)
+        fixed = {"relu": 0.0, "abs": -1.0, "identity": 1.0}
+        slope = self.slope
+        if self.function is not None or self.name not in HOMOGENEOUS:
+            slope = 2.0  # "no slope"; NaN would make an instance differ from itself
+        elif self.name in fixed:
+            slope = fixed[self.name]
+        elif math.isnan(slope):
+            slope = 0.01
+        elif not math.isfinite(slope):
+            raise ValueError(f"slope must be finite, got {slope}")
+        object.__setattr__(self, "slope", float(slope))
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must lie in (0, 1), got {self.tolerance}")
 
     @classmethod
     def leaky_relu(cls, slope: float) -> Activation:
         """x for x > 0 and ``slope * x`` for x < 0; any finite slope (0 is ReLU, -1 is abs)."""
-        slope = float(slope)
-        if not math.isfinite(slope):
+        if math.isnan(slope):
             raise ValueError(f"slope must be finite, got {slope}")
         return cls("leaky_relu", slope=slope)
 

@@ -312,6 +312,10 @@ class Network:
             raise TypeError(f"readout is {type(readout).__name__}, not Readout")
         _set(self, layers=layers, readout=readout, _hash=hash((layers, readout)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The stored hash holds for one process: hashes of strings are salted.
+        return (Network, (self.layers, self.readout))
+
     def __hash__(self) -> int:
         # Hashing a thousand layers takes longer than looking up their compiled plan.
         return int(self._hash)  # type: ignore[attr-defined]
@@ -354,7 +358,7 @@ def _show(item: Any) -> str:
         value = getattr(item, name)
         if not f.repr or not f.init or value == f.default:
             continue
-        shown.append(repr(value) if not f.kw_only else f"{name}={value!r}")
+        shown.append(repr(value) if not shown and not f.kw_only else f"{name}={value!r}")
     return f"{type(item).__name__}({', '.join(shown)})"
 
 

@@ -71,9 +71,8 @@ def _settled(act: Activation, largest_variance: float, rule: Rule) -> Array:
     """The rule with enough nodes: known poles give their number, otherwise it doubles until settled."""
     sigma = max(1.0, math.sqrt(largest_variance))
     if act.function is None:
-        step = min(
-            0.4, 2 * np.pi * POLE_DISTANCE[act.name] / (48 * sigma)
-        )  # exp(-48) = 1e-21, before the residue
+        # exp(-48) = 1e-21: the residue in front of it is some thousands.
+        step = min(0.4, 2 * np.pi * POLE_DISTANCE[act.name] / (48 * sigma))
         return rule(int(2 * RANGE / step) + 2)[0]
     count = int(32 * sigma)
     values, scales = rule(count)
