@@ -244,9 +244,7 @@ def _given(rho: Any, t: Any, c: Any) -> tuple[Any, int]:
         return (1 - small if t is not None else small - 1), digits
 
 
-def pair(
-    net: Any, norm_i: Any = 1, norm_j: Any = 1, *, rho: Any = None, t: Any = None, c: Any = None
-) -> Kernels:
+def pair(net: Any, norm_i: Any = 1, norm_j: Any = 1, *, rho: Any = None, t: Any = None, c: Any = None) -> Kernels:
     """Kernels of two inputs with these Euclidean norms and correlation rho = 1 - t = c - 1."""
     r, digits = _given(rho, t, c)
     with mp.workdps(digits):

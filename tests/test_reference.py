@@ -66,9 +66,7 @@ BUILT = {
     "resnet gelu": resnet(3, "gelu", c_res=-1.5),
     "resnet frozen": resnet(1, LEAKY, readout_trained=False),
     "bottleneck": bottleneck_resnet(4),
-    "bottleneck, all trained": bottleneck_resnet(
-        2, "gelu", alpha=0.7, first_trained=True, readout_trained=True
-    ),
+    "bottleneck, all trained": bottleneck_resnet(2, "gelu", alpha=0.7, first_trained=True, readout_trained=True),
     "fixed readout": fixed_readout_resnet(3),
     "fixed readout, wide": fixed_readout_resnet(2, theta=0.6, last_width_ratio=1.5),
     "fixed readout 1": fixed_readout_resnet(1),
@@ -107,9 +105,7 @@ def test_kernels_have_the_exact_value(name):
         got = getattr(kernels, get)
         check(got, wanted, LOOSE * scale)
         np.testing.assert_array_equal(got, got.T)
-        check(
-            reference.gram(net, X, X[1:4], get=get), wanted[:, 1:4], (np.maximum(LOOSE, 1e-7) * scale)[:, 1:4]
-        )
+        check(reference.gram(net, X, X[1:4], get=get), wanted[:, 1:4], (np.maximum(LOOSE, 1e-7) * scale)[:, 1:4])
         check(reference.gram(net, X[:2], X[4:], get=get), wanted[:2, 4:], (LOOSE * scale)[:2, 4:])
         check(reference.diagonal(net, X, get=get), np.diag(wanted), 5e-15 * np.diag(scale))
     slices = reference.layer_grams(net, X)

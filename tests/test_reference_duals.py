@@ -162,9 +162,7 @@ def test_moments_of_one_variable(name):
         check(reference.c_sigma(name), float(1 / square), 2e-15 / float(square))
 
 
-@pytest.mark.parametrize(
-    "act", [*NAMES, Activation.from_function(np.arctan), Activation.leaky_relu(0.3)], ids=str
-)
+@pytest.mark.parametrize("act", [*NAMES, Activation.from_function(np.arctan), Activation.leaky_relu(0.3)], ids=str)
 def test_degenerate_and_shaped_input(act):
     value_at_0 = {"cos": 1.0, "exp": 1.0, "gaussian": 1.0, "softplus": math.log(2)}
     B = np.array([0.0, 1e-9, 2.0])

@@ -51,7 +51,13 @@ def as_numpy(x: Any, name: str) -> tuple[Array, Callable[[Array], Any]]:
     if place[0] != 1:
         raise ValueError(f"{name} is not in host memory (DLPack device {place}); this version computes on the CPU only")
     view = np.from_dlpack(x)
-    module = sys.modules["torch"] if kind == "torch" else x.__array_namespace__() if hasattr(x, "__array_namespace__") else None
+    module = (
+        sys.modules["torch"]
+        if kind == "torch"
+        else x.__array_namespace__()
+        if hasattr(x, "__array_namespace__")
+        else None
+    )
     if module is None or not hasattr(module, "from_dlpack"):
         return view, lambda result: result
     return view, module.from_dlpack
@@ -66,7 +72,7 @@ def _refuse(dtype: str, name: str) -> None:
 
 def result_dtype(dtype: Any, *arrays: tuple[str, Array]) -> np.dtype[Any]:
     """float32 or float64, from the arrays or as asked for."""
-    found = []
+    found: list[np.dtype[Any]] = []
     for name, x in arrays:
         _refuse(str(x.dtype), name)
         if x.dtype.kind not in "biuf":
@@ -112,7 +118,12 @@ def as_points(x: Array, name: str, dtype: np.dtype[Any]) -> Points:
     """Check the entries, take norms, and copy only if the layout, the dtype or the scale forces a copy."""
     with np.errstate(over="ignore"):
         rows = np.asarray(x, dtype=dtype)
-    if rows.strides[1] != rows.itemsize or rows.strides[0] % rows.itemsize or not rows.flags.aligned or rows.strides[0] < 0:
+    if (
+        rows.strides[1] != rows.itemsize
+        or rows.strides[0] % rows.itemsize
+        or not rows.flags.aligned
+        or rows.strides[0] < 0
+    ):
         rows = np.ascontiguousarray(rows)
     largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
     if not np.isfinite(largest).all():

@@ -10,7 +10,14 @@ _Points = tuple[NDArray[Any], _D, _D]
 
 class Plan:
     def __init__(
-        self, prefix: _D, prefix_ints: _I, nu: float, beta: float, suffix: _D, suffix_ints: _I, tables: list[tuple[Any, ...]]
+        self,
+        prefix: _D,
+        prefix_ints: _I,
+        nu: float,
+        beta: float,
+        suffix: _D,
+        suffix_ints: _I,
+        tables: list[tuple[Any, ...]],
     ) -> None: ...
 
 def tile(

@@ -40,7 +40,7 @@ def _function(activation: Activation) -> Any:
 def _erf(z: Array) -> Array:
     from math import erf
 
-    return np.vectorize(erf, otypes=[np.float64])(z)
+    return np.asarray(np.vectorize(erf, otypes=[np.float64])(z))
 
 
 @lru_cache(maxsize=8)
@@ -126,7 +126,9 @@ def _expand(activation: Activation, sigma: Array, tolerance: float) -> Array:
         converged = (np.abs(finer - a) <= 0.01 * tolerance * scale + 1e-15 * scale).all(axis=1)
         bad = ~(converged & (missing <= max(tolerance, 4e-15)))
         if not bad.any():
-            enough = (left_derivative <= 0.25 * tolerance).all(axis=0) & (np.abs(left) <= max(tolerance, 4e-15)).all(axis=0)
+            enough = (left_derivative <= 0.25 * tolerance).all(axis=0) & (np.abs(left) <= max(tolerance, 4e-15)).all(
+                axis=0
+            )
             keep = int(np.argmax(enough)) if enough.any() else terms
             return finer[:, : max(keep, 2)]
     worst = float(sigma[bad].max())

@@ -26,6 +26,7 @@ Array = NDArray[np.float64]
 
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494")
 _DIGITS = 40
+_EPS = float(np.finfo(np.float64).eps)
 #: values of ActivationId in csrc/math/layer.h
 _IDS = {"erf": 1, "gaussian": 2, "exp": 3, "sin": 4, "cos": 5, "gelu": 6}
 _HERMITE = 7
@@ -194,7 +195,7 @@ def _table(layer: Any, h: int, c: list[float], var: Array, tolerance: float, cac
     high = float(lam.max())
     low = float(lam[lam > 0].min()) if high > 0 else 0.0  # the tables know 0 apart
     # Rows of one variance, up to rounding: 16 eps, what normalising and a few layers leave.
-    uniform = high - float(lam.min()) <= 16 * np.finfo(np.float64).eps * high
+    uniform = high - float(lam.min()) <= 16 * _EPS * high
     for k, (key, kind, _) in enumerate(cache):
         if key is activation and kind == uniform and _covers(cache[k][2], low, high, uniform):
             return k
@@ -214,7 +215,7 @@ def _table(layer: Any, h: int, c: list[float], var: Array, tolerance: float, cac
 def _covers(entry: tuple[Any, float, float], low: float, high: float, uniform: bool) -> bool:
     _, first, last = entry
     if uniform:
-        return abs(high - last) <= 16 * np.finfo(np.float64).eps * last
+        return abs(high - last) <= 16 * _EPS * last
     # Tables are not stretched: a narrower range is covered, a much narrower one would waste terms.
     return first <= low and high <= last and high > 0.5 * last
 

@@ -43,7 +43,7 @@ class Tile:
     @property
     def entries(self) -> int:
         n, m = self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
-        return n * (n + 1) // 2 if self.diagonal else n * m
+        return int(n * (n + 1) // 2 if self.diagonal else n * m)
 
 
 def _parts(n: int, side: int) -> list[slice]:
@@ -152,7 +152,7 @@ class _Progress:
         if not self.wanted:
             return
         try:
-            from tqdm.auto import tqdm
+            from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
         except ImportError:
             self.start = self.shown = time.monotonic()
         else:

@@ -261,7 +261,7 @@ def gram(
         for array, (_, _, diagonal) in zip(outs, left, strict=True):
             _set_diagonal(array, diagonal)
     results = outs if out is not None else [problem.wrap(a) for a in outs]
-    return results[0] if isinstance(get, str) else namedtuple("Grams", kinds)(*results)  # noqa: PYI024
+    return results[0] if isinstance(get, str) else namedtuple("Grams", kinds)(*results)
 
 
 def _set_diagonal(array: Any, diagonal: Vector) -> None:

@@ -353,7 +353,7 @@ class Network:
 
 def _show(item: Any) -> str:
     """``repr`` without the fields that have their default value."""
-    shown = []
+    shown: list[str] = []
     for name, f in item.__dataclass_fields__.items():
         value = getattr(item, name)
         if not f.repr or not f.init or value == f.default:
