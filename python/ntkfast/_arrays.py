@@ -79,7 +79,7 @@ def result_dtype(dtype: Any, *arrays: tuple[str, Array]) -> np.dtype[Any]:
             raise TypeError(f"{name} has dtype {x.dtype}; numbers are needed (float32, float64, integers or booleans)")
         found.append(np.dtype(np.float32) if x.dtype == np.float32 else np.dtype(np.float64))
     if dtype is not None:
-        wanted = np.dtype(dtype)
+        wanted: np.dtype[Any] = np.dtype(dtype)
         if wanted not in _SAFE:
             raise TypeError(f"dtype must be float32 or float64, got {wanted}")
         return wanted
