@@ -114,8 +114,10 @@ void mix_row(const Plan& plan, const Mix& m, const Scratch<T>& s, int i, int col
     for (int j = 0; j < cols; ++j) {
         const double x = whole(load(s.block.x, s.block.x_low, at + j));
         const double theta = whole(load(s.block.theta, s.block.theta_low, at + j));
-        value[j] = m.theta * theta + m.cov * (double(s.block.s[at + j]) * (1.0 - x)) + m.last * double(s.block.last[at + j]) + mean;
+        value[j] = m.theta * theta + m.cov * (double(s.block.s[at + j]) * (1.0 - x)) + mean;
     }
+    if (m.last != 0.0)  // else it was not computed
+        for (int j = 0; j < cols; ++j) value[j] += m.last * double(s.block.last[at + j]);
 }
 
 // The block of results goes to out (row by row) and, transposed, to the mirror. On a tile of the diagonal only pairs above
@@ -226,7 +228,9 @@ void block(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, in
     const int cols = t.cols - j0 < kCols ? int(t.cols - j0) : kCols;
     correlations(t, i0, j0, rows, cols, s.block);
     if (t.close > 0.0) close_pairs(t, i0, j0, rows, cols, s.block, s.differences);
-    homogeneous_block(plan, s.block, rows * kCols, own.prefix, own.stride);
+    bool last = false;
+    for (int o = 0; o < t.n_outputs; ++o) last = last || t.outputs[o].last != 0.0;
+    homogeneous_block(plan, s.block, rows * kCols, last && plan.n_suffix == 0, own.prefix, own.stride);
     if (plan.n_suffix) {
         start_rows(plan, t.i.norm, i0, rows, s.ri);
         start_rows(plan, t.j.norm, j0, cols, s.rj);
@@ -291,7 +295,7 @@ void pairs(const Plan& plan, const Pairs& p) {
                 s.block.s[k] = k < n ? T(p.s[start + k]) : T(1);
                 store(s.block.theta, s.block.theta_low, k, widen(0.0, T(0)));
             }
-            homogeneous_block<T>(plan, s.block, n, nullptr, 0);
+            homogeneous_block<T>(plan, s.block, n, plan.n_suffix == 0, nullptr, 0);
             if (plan.n_suffix) {
                 start_rows(plan, p.norm_i, start, n, s.ri);
                 start_rows(plan, p.norm_j, start, n, s.rj);

@@ -62,9 +62,10 @@ static void homogeneous_last(const T* x, const T* s, T* last, int n, const Homog
 }
 
 // The whole prefix over the first n pairs of a block. own: (n_prefix, 3, own_stride) own_w, own_v, growth of
-// every layer for layer_grams, or null.
+// every layer for layer_grams, or null. last: the Gram of the last inner matrix is wanted.
 template <class T>
-static void homogeneous_block(const Plan& plan, Block<T>& b, int n, T* own, std::int64_t own_stride) {
+static void homogeneous_block(const Plan& plan, Block<T>& b, int n, bool last, T* own,
+                              std::int64_t own_stride) {
     // Whole vectors: the pairs after n hold finite leftovers.
     n = (n + 15) & ~15;
     for (int start = 0; start < n; start += kChunk) {
@@ -73,7 +74,7 @@ static void homogeneous_block(const Plan& plan, Block<T>& b, int n, T* own, std:
                    nullptr, size};
         for (int h = 0; h < plan.n_prefix; ++h) {
             const HomogeneousLayer& l = plan.prefix[h];
-            if (plan.n_suffix == 0 && h == plan.n_prefix - 1) homogeneous_last(c.x, c.s, b.last + start, size, l);
+            if (last && h == plan.n_prefix - 1) homogeneous_last(c.x, c.s, b.last + start, size, l);
             if (own) {
                 c.own_w = own + 3 * h * own_stride + start;
                 c.own_v = c.own_w + own_stride;

@@ -187,17 +187,18 @@ def _suffix_row(layer: Any, c: Coefficients, down: int, power: int) -> list[floa
             float(c.v), vb, float(c.vvb), float(c.w_all), slope]  # fmt: skip
 
 
-def _table(layer: Any, h: int, c: list[float], var: Array, tolerance: float, cache: list[Any]) -> int:
+def _table(layer: Any, h: int, c: list[float], var: Array, dtype: np.dtype[Any], cache: list[Any]) -> int:
     """Index of the Hermite table of a layer for rows of variance `var`; the table joins `cache` if it is new."""
     activation = layer.activation
-    tolerance = activation.tolerance or tolerance
+    tolerance = activation.tolerance or (1e-7 if dtype == np.float32 else 1e-12)
     lam = c[3] * var + c[4]
     high = float(lam.max())
     low = float(lam[lam > 0].min()) if high > 0 else 0.0  # the tables know 0 apart
-    # Rows of one variance, up to rounding: 16 eps, what normalising and a few layers leave.
-    uniform = high - float(lam.min()) <= 16 * _EPS * high
+    # Rows of one variance, up to the rounding of their norms and a few layers.
+    spread = (4 if dtype == np.float32 else 16) * float(np.finfo(dtype).eps)
+    uniform = high - float(lam.min()) <= spread * high
     for k, (key, kind, _) in enumerate(cache):
-        if key is activation and kind == uniform and _covers(cache[k][2], low, high, uniform):
+        if key is activation and kind == uniform and _covers(cache[k][2], low, high, spread if uniform else 0.0):
             return k
     try:
         if uniform:
@@ -212,27 +213,37 @@ def _table(layer: Any, h: int, c: list[float], var: Array, tolerance: float, cac
     return len(cache) - 1
 
 
-def _covers(entry: tuple[Any, float, float], low: float, high: float, uniform: bool) -> bool:
+def _covers(entry: tuple[Any, float, float], low: float, high: float, spread: float) -> bool:
     _, first, last = entry
-    if uniform:
-        return abs(high - last) <= 16 * _EPS * last
+    if spread:
+        return abs(high - last) <= spread * last
     # Tables are not stretched: a narrower range is covered, a much narrower one would waste terms.
     return first <= low and high <= last and high > 0.5 * last
 
 
-def compile_network(net: Network, norms: Sequence[Array], single: bool) -> Compiled:
+def _expanded(net: Network) -> tuple[bool, ...]:
+    """Which layers go through Hermite expansions.
+
+    Also gelu if a kinked activation follows: the kink magnifies what the closed form loses of small distances.
+    """
+    kinked = [layer.activation.homogeneous and layer.activation.slope != 1.0 for layer in net.layers]
+    last = max((k for k, kink in enumerate(kinked) if kink), default=-1)
+    return tuple(a.expanded or (a.name == "gelu" and k < last) for k, a in enumerate(x.activation for x in net.layers))
+
+
+def compile_network(net: Network, norms: Sequence[Array], dtype: np.dtype[Any]) -> Compiled:
     """Make the plan of a network for rows of the given norms (they matter only for Hermite expansions)."""
-    if not any(layer.activation.expanded for layer in net.layers):
+    if not any(_expanded(net)):
         return _compile(net)
-    return _build(net, norms, 1e-7 if single else 1e-12)
+    return _build(net, norms, dtype)
 
 
 @lru_cache(maxsize=64)
 def _compile(net: Network) -> Compiled:
-    return _build(net, (), 0.0)
+    return _build(net, (), np.dtype(np.float64))
 
 
-def _build(net: Network, norms: Sequence[Array], tolerance: float) -> Compiled:
+def _build(net: Network, norms: Sequence[Array], dtype: np.dtype[Any]) -> Compiled:
     prefix, slices = _prefix(net), _slices(net)
     count = len(prefix.numbers)
     with localcontext() as context:
@@ -254,7 +265,8 @@ def _build(net: Network, norms: Sequence[Array], tolerance: float) -> Compiled:
     var = nu * np.concatenate([r * r for r in norms]) if norms else np.zeros(1)
     mean = unit_mean * math.sqrt(nu) * np.concatenate(norms) if norms else np.zeros(1)
     plan_nu, plan_mean = nu, unit_mean * math.sqrt(nu)
-    last = max((k for k, layer in enumerate(layers) if layer.activation.expanded), default=-1)
+    expanded = _expanded(net)[count:]
+    last = max((k for k, expand in enumerate(expanded) if expand), default=-1)
     for k, (layer, slots) in enumerate(zip(layers, slices[count:], strict=True)):
         c, power = layer.coefficients(float), 0
         if scalable:
@@ -265,11 +277,11 @@ def _build(net: Network, norms: Sequence[Array], tolerance: float) -> Compiled:
         row = _suffix_row(layer, c, down, power)
         down += power
         table = -1
-        if layer.activation.expanded:
-            table = _table(layer, count + k + 1, row, var, tolerance, cache)
+        if expanded[k]:
+            table = _table(layer, count + k + 1, row, var, dtype, cache)
         rows.append(row)
         kind = 0 if layer.activation.homogeneous else _IDS.get(layer.activation.name, _HERMITE)
-        ints.append([_HERMITE if layer.activation.expanded else kind, table, *slots])
+        ints.append([_HERMITE if expanded[k] else kind, table, *slots])
         if k < last:
             step = _core.Plan(np.zeros((0, 8)), np.zeros((0, 5), dtype=np.int32), 1.0, 0.0, np.array([row]),
                               np.array([ints[-1]], dtype=np.int32), [t[0].as_tuple() for _, _, t in cache])  # fmt: skip

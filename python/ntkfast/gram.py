@@ -54,7 +54,7 @@ class _Problem:
         self.y = self.x if y is None else as_points(y, "Y", self.dtype)
         self.symmetric = y is None
         norms = [self.x.norm] if self.symmetric else [self.x.norm, self.y.norm]
-        self.compiled = compile_network(net, norms, self.dtype == np.float32)
+        self.compiled = compile_network(net, norms, self.dtype)
 
     @property
     def nanoseconds(self) -> float:
