@@ -56,18 +56,18 @@ Matrix matrix_of(const py::array& a, bool write) {
 // Owns what an ntk::Plan points to.
 class PlanHolder {
    public:
-    // prefix: (n, 8) drift, decay, c e, c h0, c h1, w, v, w_all;  prefix_ints: (n, 5) signs, signs_after, range, slices W, V
+    // prefix: (n, 9) drift, decay, c e, c h0, c h1, turn, w, v, w_all;  prefix_ints: (n, 5) signs, signs_after, range, slices W, V
     // suffix: (m, 12) p, q, r, cw, cb, w, wb, v, vb, vvb, w_all, slope;  suffix_ints: (m, 4) activation, table, slices W, V
     PlanHolder(const Doubles& prefix, const Ints& prefix_ints, double nu, double beta, const Doubles& suffix,
                const Ints& suffix_ints, const py::list& tables) {
-        require(prefix.ndim() == 2 && prefix.shape(1) == 8 && prefix_ints.ndim() == 2 && prefix_ints.shape(1) == 5 &&
-                    prefix.shape(0) == prefix_ints.shape(0), "prefix: (n, 8) numbers and (n, 5) integers");
+        require(prefix.ndim() == 2 && prefix.shape(1) == 9 && prefix_ints.ndim() == 2 && prefix_ints.shape(1) == 5 &&
+                    prefix.shape(0) == prefix_ints.shape(0), "prefix: (n, 9) numbers and (n, 5) integers");
         require(suffix.ndim() == 2 && suffix.shape(1) == 12 && suffix_ints.ndim() == 2 && suffix_ints.shape(1) == 4 &&
                     suffix.shape(0) == suffix_ints.shape(0), "suffix: (n, 12) numbers and (n, 4) integers");
         for (py::ssize_t h = 0; h < prefix.shape(0); ++h) {
             const double* c = prefix.data(h, 0);
             const int* k = prefix_ints.data(h, 0);
-            prefix_.push_back({c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], k[0], k[1], k[2], k[3], k[4]});
+            prefix_.push_back({c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], k[0], k[1], k[2], k[3], k[4]});
         }
         for (const py::handle& item : tables) add_table(py::cast<py::tuple>(item));
         for (py::ssize_t h = 0; h < suffix.shape(0); ++h) {
@@ -235,14 +235,14 @@ py::array scalar(const std::string& name, const py::array& x, const std::string&
     return out;
 }
 
-// w and D of the activation of one suffix layer, for variances a, b (with cw = 1, cb = 0 of that layer).
+// w, D and side (PairNumbers) of the activation of one suffix layer, for rows of variance a, b before the layer.
 py::tuple dual(const PlanHolder& plan, int layer, const Doubles& a, const Doubles& b, const Doubles& x, const Doubles& s,
                const std::string& isa) {
     const py::ssize_t n = a.shape(0);
-    Doubles w(n), d(n);
+    Doubles w(n), d(n), side(n);
     kernels(isa).dual(plan.layer(layer), plan.tables(), n, vector_of(a, n), vector_of(b, n), vector_of(x, n), vector_of(s, n),
-                      w.mutable_data(), d.mutable_data());
-    return py::make_tuple(w, d);
+                      w.mutable_data(), d.mutable_data(), side.mutable_data());
+    return py::make_tuple(w, d, side);
 }
 
 std::vector<std::string> available() {

@@ -36,7 +36,7 @@ def area(x):
 
 
 class Row(NamedTuple):
-    """Largest error allowed on [low, high], in units of the last place of the exact value: the promises of csrc/math."""
+    """Largest error allowed on [low, high], in units of the last place of the exact value, as csrc/math promises."""
 
     name: str
     exact: Any

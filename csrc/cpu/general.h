@@ -24,7 +24,8 @@ NTK_INLINE void put_row(RowArrays& a, int k, const RowNumbers& r) {
 
 struct GeneralArrays {
     double half[kBlock], s[kBlock], theta[kBlock];  // state; before the first layer half holds x = 1 - |rho|
-    double x[kCols], c[kCols], w[kCols], d[kCols];  // of one row: correlation and its sign, expectations
+    double x[kCols], c[kCols];                      // of one row: correlation and its sign
+    double w[kCols], d[kCols], side[kCols];         // of one row: expectations (PairNumbers)
     double e[4][kCols];                             // Hermite sums
 };
 
@@ -116,7 +117,7 @@ template <bool ELEMENTWISE, class Activation>
 NTK_INLINE void expect_pair(const Activation& act, const RowArrays& ri, const RowArrays& rj, int i, int k,
                             GeneralArrays& g) {
     const PairNumbers u = act.pair(row_numbers(ri, ELEMENTWISE ? k : i), row_numbers(rj, k), g.x[k], g.c[k]);
-    g.w[k] = u.w, g.d[k] = u.d;
+    g.w[k] = u.w, g.d[k] = u.d, g.side[k] = u.side;
 }
 template <bool ELEMENTWISE, class Activation>
 static void expect(const Activation& act, const RowArrays& ri, const RowArrays& rj, int i, int n, GeneralArrays& g) {
@@ -145,8 +146,9 @@ static void expect_uniform(const HermiteTable& t, int n, GeneralArrays& g) {
         }
     }
     for (int k = 0; k < n; ++k) {
-        const PairNumbers p = hermite_pair(g.x[k], g.c[k], g.e[0][k], g.e[1][k], g.e[2][k], g.e[3][k], t.even_sum, t.odd_sum);
-        g.w[k] = p.w, g.d[k] = p.d;
+        const double side = t.odds == 0 ? 1.0 : g.c[k];
+        const PairNumbers p = hermite_pair(g.x[k], g.c[k], side, g.e[0][k], g.e[1][k], g.e[2][k], g.e[3][k], t.even_sum, t.odd_sum);
+        g.w[k] = p.w, g.d[k] = p.d, g.side[k] = p.side;
     }
 }
 
@@ -154,7 +156,7 @@ template <bool EVEN, bool ELEMENTWISE>
 NTK_INLINE void hermite_term(int i, int k, const double* ai, const double* aj, double degree, GeneralArrays& g) {
     HermiteSum t{g.w[k], g.d[k], g.e[0][k], g.e[1][k]};
     const double a = ai[ELEMENTWISE ? k : i], x = g.x[k], r2 = (1.0 - x) * (1.0 - x), u = x * (2.0 - x);
-    if (EVEN) hermite_even(t, a, aj[k], degree, g.c[k], r2, u);
+    if (EVEN) hermite_even(t, a, aj[k], degree, g.side[k], r2, u);
     else hermite_odd(t, a, aj[k], degree, x, r2, u);
     g.w[k] = t.w, g.d[k] = t.d, g.e[0][k] = t.e, g.e[1][k] = t.before;
 }
@@ -170,7 +172,7 @@ static void hermite_terms(int i, int n, int terms, const double* ai, const doubl
 }
 template <bool ELEMENTWISE>
 static void expect_hermite(const HermiteTable& t, const RowArrays& ri, const RowArrays& rj, int i, int n, GeneralArrays& g) {
-    for (int k = 0; k < n; ++k) g.w[k] = 0.0;
+    for (int k = 0; k < n; ++k) g.w[k] = 0.0, g.side[k] = t.odds == 0 ? 1.0 : g.c[k];
     hermite_terms<true, ELEMENTWISE>(i, n, t.evens, ri.hermite, rj.hermite, g);
     for (int k = 0; k < n; ++k) g.e[2][k] = g.d[k] * g.c[k] * (1.0 - g.x[k]);
     const std::int64_t skip = std::int64_t(t.evens) * kCols;
@@ -201,7 +203,7 @@ NTK_INLINE void general_pair(const GeneralLayer& l, const RowArrays& ri, const R
                              double* s, double* theta, const GeneralArrays& g, double* terms) {
     const int r = ELEMENTWISE ? k : i;
     GeneralState p{half[k], s[k], theta[k]};
-    const GeneralTerms t = general_step(l, p, {g.x[k], g.c[k]}, {g.w[k], g.d[k]}, row_numbers(ri, r),
+    const GeneralTerms t = general_step(l, p, {g.w[k], g.d[k], g.side[k]}, row_numbers(ri, r),
                                         row_numbers(rj, k), {ri.var[r], ri.mean[r]}, {rj.var[k], rj.mean[k]},
                                         {ri.next_var[r], ri.next_mean[r]}, {rj.next_var[k], rj.next_mean[k]});
     half[k] = p.half, s[k] = p.s, theta[k] = p.theta;

@@ -375,7 +375,7 @@ void scalar(int id, std::int64_t n, const T* x, T* out) {
 }
 
 void dual(const GeneralLayer& l, const HermiteTable* tables, std::int64_t n, const double* a, const double* b,
-          const double* x, const double* s, double* w, double* d) {
+          const double* x, const double* s, double* w, double* d, double* side) {
     const std::size_t terms = l.table >= 0 ? std::size_t(tables[l.table].evens + tables[l.table].odds) : 0;
     Buffer<GeneralArrays> g(1);
     Buffer<RowArrays> r(2);
@@ -392,7 +392,7 @@ void dual(const GeneralLayer& l, const HermiteTable* tables, std::int64_t n, con
         advance_rows(l, tables, r.data[0], kCols);
         advance_rows(l, tables, r.data[1], kCols);
         expectations<true>(l, tables, r.data[0], r.data[1], 0, kCols, *g.data);
-        for (int k = 0; k < size; ++k) w[start + k] = g.data->w[k], d[start + k] = g.data->d[k];
+        for (int k = 0; k < size; ++k) w[start + k] = g.data->w[k], d[start + k] = g.data->d[k], side[start + k] = g.data->side[k];
     }
 }
 

@@ -86,9 +86,9 @@ struct Kernels {
     void (*rows)(const GeneralLayer&, const HermiteTable*, std::int64_t n, double* var, double* mean, double* q);
     void (*scalar64)(int id, std::int64_t n, const double* x, double* out);
     void (*scalar32)(int id, std::int64_t n, const float* x, float* out);
-    // w and D of an activation for pairs of variances a, b
+    // PairNumbers of an activation for pairs of variances a, b
     void (*dual)(const GeneralLayer&, const HermiteTable*, std::int64_t n, const double* a, const double* b,
-                 const double* x, const double* s, double* w, double* d);
+                 const double* x, const double* s, double* w, double* d, double* side);
 };
 
 const Kernels& kernels();                    // chosen once, obeys NTKFAST_ISA

@@ -2,8 +2,9 @@
 //
 // u, v centred Gaussian, Var u = A, Var v = B, correlation rho = s (1 - x), s = +-1, 0 <= x <= 1. Every activation has
 //   row(A)           numbers of one variable: Q_ii = E s(u)^2, mu = E s(u), and what its pairs need
-//   pair(i, j, x, s) w = (Q_ii + Q_jj)/2 - s Q_ij, formed as a sum of positive terms, and D = E s'(u) s'(v)
-// so that w keeps its relative accuracy for close (s = 1) and, if the activation is odd, opposite (s = -1) points.
+//   pair(i, j, x, s) side = +-1, w = (Q_ii + Q_jj)/2 - side Q_ij as a sum of positive terms, and D = E s'(u) s'(v).
+// The side is s, or 1 if the activation is even: w keeps its relative accuracy for close points, and for opposite ones if
+// the activation is odd or even.
 #pragma once
 #include "arccos.h"
 #include "exponential.h"
@@ -18,7 +19,7 @@ struct RowNumbers {
 };
 
 struct PairNumbers {
-    double w, d;
+    double w, d, side;
 };
 
 NTK_INLINE RowNumbers make_row(double lam) {
@@ -52,8 +53,9 @@ struct Homogeneous {
         PairGeometry g = geometry(i, j, x);
         Arc<double> u = arc(x);
         double kappa0 = s < 0.0 ? u.theta : 1.0 - u.theta;
-        double area = s < 0.0 ? u.area + (1.0 - x) : -u.area;
-        return {fma_(h0, g.e, h1 * g.n * area), fma_(h1, kappa0, slope)};
+        double side = slope == -1.0 ? 1.0 : s;  // abs is even
+        double area = side < 0.0 ? u.area + (1.0 - x) : -u.area;
+        return {fma_(h0, g.e, h1 * g.n * area), fma_(h1, kappa0, slope), side};
     }
 };
 
@@ -72,7 +74,7 @@ struct Erf {
         return r;
     }
     __attribute__((always_inline)) inline PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
-                                                           double) const {
+                                                           double s) const {
         PairGeometry g = geometry(i, j, x);
         double m = i.a1 * j.a1;
         double ci = sqrt_(1.0 - i.a2 * i.a2), cj = sqrt_(1.0 - j.a2 * j.a2);
@@ -87,7 +89,7 @@ struct Erf {
         double cos_diff = at_least(fma_(cosum, cosine, sum * sine), 0.0);
         double z = 0.5 * sin_diff * sin_diff / (1.0 + cos_diff);  // sin^2 of half the difference
         z = z > 0.5 ? 0.5 : z;
-        return {2.0 * sqrt_(z) * angle_fit<0>(z, z * z), 4.0 * kInvPi / sqrt_(det)};
+        return {2.0 * sqrt_(z) * angle_fit<0>(z, z * z), 4.0 * kInvPi / sqrt_(det), s};
     }
 };
 
@@ -107,7 +109,7 @@ struct Gaussian {
         double sum = i.a1 + j.a1, diff = 4.0 * g.gap / sum, both = i.a1 * j.a1;
         double top = fma_(0.25 * diff * diff, 3.0 * sum * sum - diff * diff, 4.0 * g.det * sum * sum);
         double w = top / (2.0 * both * root * fma_(sum, root, 2.0 * both));
-        return {s < 0.0 ? i.q + j.q - w : w, s * 4.0 * g.c / (det * root)};
+        return {w, s * 4.0 * g.c / (det * root), 1.0};
     }
 };
 
@@ -126,7 +128,7 @@ struct Exp {
         double larger = i.a1 > j.a1 ? i.a1 : j.a1, m = expm1_(-g.gap);
         double q = exp_(s < 0.0 ? g.e : g.f);
         double close = fma_(0.5 * larger * larger * m, m, -i.a1 * j.a1 * expm1_(-g.e));
-        return {s < 0.0 ? 0.5 * (i.q + j.q) + q : close, q};
+        return {s < 0.0 ? 0.5 * (i.q + j.q) + q : close, q, s};
     }
 };
 
@@ -139,12 +141,12 @@ struct Sin {
         return r;
     }
     __attribute__((always_inline)) inline PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
-                                                           double) const {
+                                                           double s) const {
         PairGeometry g = geometry(i, j, x);
         double larger = i.a1 > j.a1 ? i.a1 : j.a1, m = expm1_(-g.gap);
         double far = exp_(-g.f), near1 = -expm1_(-g.e);
         double t = 0.5 * larger * larger * m * m;
-        return {0.5 * fma_(near1, 1.0 + far, -t), 0.5 * ((1.0 - near1) + far)};
+        return {0.5 * fma_(near1, 1.0 + far, -t), 0.5 * ((1.0 - near1) + far), s};
     }
 };
 
@@ -164,7 +166,7 @@ struct Cos {
         double near1 = -expm1_(-g.e), far1 = -expm1_(-g.f);
         double w = 0.5 * fma_(near1, far1, 0.5 * larger * larger * m * m);
         double d = -0.5 * (1.0 - near1) * expm1_(-2.0 * g.c);
-        return {s < 0.0 ? i.q + j.q - w : w, s * d};
+        return {w, s * d, 1.0};
     }
 };
 
@@ -193,7 +195,7 @@ struct Gelu {
         double h = fma_(0.5 * g.c, phi, f * fma_(sine2, 1.0 - ab, ab));
         double hd = 0.5 * (i.a2 + j.a2);
         double d = fma_(0.5, s * phi, 0.25) + s * g.c * f * (i.a1 + j.a1 + 1.0 / det);
-        return {fma_(0.25, g.e, hd - s * h), d};
+        return {fma_(0.25, g.e, hd - s * h), d, s};
     }
 };
 

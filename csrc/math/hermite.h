@@ -23,13 +23,13 @@ struct HermiteTable {
     double mean;                    // a_0; with panels: s(0), for rows of variance 0
 };
 
-// One variance: w = (Q_ii + Q_jj)/2 - s Q_ij and D from the four sums above.
-NTK_INLINE PairNumbers hermite_pair(double x, double s, double even_defect, double even_derivative, double odd_defect,
+// One variance: w = (Q_ii + Q_jj)/2 - side Q_ij and D from the four sums above; side = 1 for an even activation, else s.
+NTK_INLINE PairNumbers hermite_pair(double x, double s, double side, double even_defect, double even_derivative, double odd_defect,
                                     double odd_derivative, double even_sum, double odd_sum) {
     double cosine = 1.0 - x, u = x * (2.0 - x);
     double even = u * even_defect;
-    even = s < 0.0 ? 2.0 * even_sum - even : even;
-    return {even + fma_(x, odd_sum, cosine * u * odd_defect), fma_(s * cosine, even_derivative, odd_derivative)};
+    even = side < 0.0 ? 2.0 * even_sum - even : even;
+    return {even + fma_(x, odd_sum, cosine * u * odd_defect), fma_(s * cosine, even_derivative, odd_derivative), side};
 }
 
 // Rows of different variance, term by term; e = 1 - rho^(2m) is carried, not a power to be subtracted from 1.
@@ -38,9 +38,9 @@ struct HermiteSum {
     double e, before;  // 1 - rho^(2m), rho^(2m-2)
 };
 // k = 2m
-NTK_INLINE void hermite_even(HermiteSum& t, double ai, double aj, double k, double s, double r2, double u) {
-    double p = ai * aj, diff = ai - s * aj;
-    t.w = fma_(0.5 * diff, diff, fma_(s * p, t.e, t.w));
+NTK_INLINE void hermite_even(HermiteSum& t, double ai, double aj, double k, double side, double r2, double u) {
+    double p = ai * aj, diff = ai - side * aj;
+    t.w = fma_(0.5 * diff, diff, fma_(side * p, t.e, t.w));
     t.d = fma_(k * p, t.before, t.d);
     t.before = 1.0 - t.e;
     t.e = fma_(t.e, r2, u);

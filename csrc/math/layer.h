@@ -14,6 +14,7 @@ struct HomogeneousLayer {
     double c_e;    // c e
     double c_h0;   // c h0
     double c_h1;   // c h1
+    double turn;   // 2 a + c (1 + e)^2 / 2
     double w;      // factor of the Gram of W
     double v;      // factor of the Gram of V
     double w_all;  // w if W is counted as trained (last_hidden)
@@ -27,11 +28,11 @@ struct HomogeneousLayer {
 // The same in the type of the arithmetic.
 template <class T>
 struct HomogeneousNumbers {
-    T drift, decay, c_e, c_h0, c_h1, w, v;
+    T drift, decay, c_e, c_h0, c_h1, turn, w, v;
 };
 template <class T>
 NTK_INLINE HomogeneousNumbers<T> numbers(const HomogeneousLayer& l) {
-    return {T(l.drift), T(l.decay), T(l.c_e), T(l.c_h0), T(l.c_h1), T(l.w), T(l.v)};
+    return {T(l.drift), T(l.decay), T(l.c_e), T(l.c_h0), T(l.c_h1), T(l.turn), T(l.w), T(l.v)};
 }
 
 // State of a pair: x = 1 - |rho|, s = sign of rho, theta = Theta / (nu |x_i| |x_j|).
@@ -75,7 +76,10 @@ NTK_INLINE LayerTerms<T> homogeneous_step(PairState<T>& p, const HomogeneousNumb
     p.x = add(p.x, SIGNED ? -p.s * change : -change);
     if (SIGNED) {
         bool flip = p.x.hi > T(1);
-        Wide<T> other = two_minus(p.x);
+        // From below 0 to above: 1 - rho' = turn - (a + c e)(1 + rho) - c h1 g, small if abs meets opposite points.
+        Wide<T> above = wide(fma_(-l.c_h1, u.area, fma_(l.decay - l.c_e - T(1), x, l.turn)));
+        Wide<T> below = two_minus(p.x);
+        Wide<T> other = negative ? above : below;
         p.x = flip ? other : p.x;
         p.s = flip ? -p.s : p.s;
     }
@@ -142,25 +146,25 @@ struct GeneralTerms {
     double factor;  // p^2 + r cw D: what the layer does to earlier Grams
 };
 
-// The state after one layer, given the correlation c of the pre-activations and the expectations u of the activation.
-NTK_INLINE GeneralTerms general_step(const GeneralLayer& l, GeneralState& p, Correlation c, PairNumbers u,
-                                     const RowNumbers& i, const RowNumbers& j, RowState si, RowState sj, RowState ti,
+// The state after one layer, given the expectations u of the activation.
+NTK_INLINE GeneralTerms general_step(const GeneralLayer& l, GeneralState& p, PairNumbers u, const RowNumbers& i,
+                                     const RowNumbers& j, RowState si, RowState sj, RowState ti,
                                      RowState tj) {
     double middle = 0.5 * (si.var + sj.var);
     double cov = p.s * (middle - p.half);
-    double q = c.s * (0.5 * (i.q + j.q) - u.w);
+    double q = u.side * (0.5 * (i.q + j.q) - u.w);
     GeneralTerms t;
     t.own_w = l.r * u.d * (l.cw * cov);
     t.own_b = l.r * u.d * l.cb;
     t.own_v = l.r * q;
     t.factor = fma_(l.r * l.cw, u.d, l.p * l.p);
     p.theta = fma_(t.factor, p.theta, fma_(l.w, t.own_w, fma_(l.wb, t.own_b, fma_(l.v, t.own_v, l.vvb * l.vb))));
-    double half = c.s == p.s ? p.half : 2.0 * middle - p.half;
-    double cross = l.p * l.q * (si.mean - c.s * sj.mean) * (i.mu - c.s * j.mu);
-    half = fma_(l.p * l.p, half, cross) + fma_(l.r, u.w, (1.0 - c.s) * l.vb);
+    double half = u.side == p.s ? p.half : 2.0 * middle - p.half;
+    double cross = l.p * l.q * (si.mean - u.side * sj.mean) * (i.mu - u.side * j.mu);
+    half = fma_(l.p * l.p, half, cross) + fma_(l.r, u.w, (1.0 - u.side) * l.vb);
     middle = 0.5 * (ti.var + tj.var);
     p.half = half > middle ? 2.0 * middle - half : half;
-    p.s = half > middle ? -c.s : c.s;
+    p.s = half > middle ? -u.side : u.side;
     return t;
 }
 

@@ -91,6 +91,8 @@ NTK_INLINE Wide<float> add(Wide<float> a, float d) {
     float s = a.hi + y;
     return {s, y - (s - a.hi)};
 }
+NTK_INLINE Wide<double> wide(double a) { return {a}; }
+NTK_INLINE Wide<float> wide(float a) { return {a, 0.0f}; }
 // 2 - a
 NTK_INLINE Wide<double> two_minus(Wide<double> a) { return {2.0 - a.hi}; }
 NTK_INLINE Wide<float> two_minus(Wide<float> a) { return {2.0f - a.hi, -a.lo}; }

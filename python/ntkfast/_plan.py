@@ -114,7 +114,8 @@ def _homogeneous_layer(c: Coefficients, activation: Activation, unit: _Unit) -> 
     if nu <= Decimal("1e-30") * (c.p**2 * unit.nu + abs(cross)):
         return None
     a, branch, drift = c.p**2 * unit.nu / nu, c.r * c.cw * unit.nu / nu, cross / nu
-    numbers = [drift, 1 - a, branch * e, branch * h0, branch * h1, c.w, c.v, c.w_all]
+    turn = 2 * a + branch * (1 + e) ** 2 / 2
+    numbers = [drift, 1 - a, branch * e, branch * h0, branch * h1, turn, c.w, c.v, c.w_all]
 
     def image(rho: float) -> float:
         return float(a) * rho + float(drift) + float(branch) * _kappa(rho, float(e))
@@ -164,7 +165,7 @@ def _prefix(net: Network) -> _Prefix:
                 break
             numbers.append(made[0])
             ints.append([*made[1], *slots])
-    return _Prefix(np.array(numbers, dtype=np.float64).reshape(-1, 8), np.array(ints, dtype=np.int32).reshape(-1, 5),
+    return _Prefix(np.array(numbers, dtype=np.float64).reshape(-1, 9), np.array(ints, dtype=np.int32).reshape(-1, 5),
                    unit.nu, unit.beta)  # fmt: skip
 
 
@@ -283,7 +284,7 @@ def _build(net: Network, norms: Sequence[Array], dtype: np.dtype[Any]) -> Compil
         kind = 0 if layer.activation.homogeneous else _IDS.get(layer.activation.name, _HERMITE)
         ints.append([_HERMITE if expanded[k] else kind, table, *slots])
         if k < last:
-            step = _core.Plan(np.zeros((0, 8)), np.zeros((0, 5), dtype=np.int32), 1.0, 0.0, np.array([row]),
+            step = _core.Plan(np.zeros((0, 9)), np.zeros((0, 5), dtype=np.int32), 1.0, 0.0, np.array([row]),
                               np.array([ints[-1]], dtype=np.int32), [t[0].as_tuple() for _, _, t in cache])  # fmt: skip
             var, mean, _ = _core.rows(step, 0, var, mean)
     core = _core.Plan(prefix.numbers, prefix.ints, plan_nu, plan_mean, np.array(rows), np.array(ints, dtype=np.int32),
