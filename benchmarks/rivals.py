@@ -1,9 +1,9 @@
 """The same kernel, fully_connected(depth) of ReLU, by other means, each as a skilled user would run it.
 
 numpy            blocks of rows that stay in cache, upper half only, then mirrored; NumPy's vectorised arccos
-numba            BLAS product, upper half, threads over pairs of rows of equal total length, inner loops over 512 columns
-                 so that they vectorise, fastmath; arccos is that of the C library
-neural-tangents  stax, float64 switched on, symmetric call (x2=None); compiled whole, and layer by layer, which is faster
+numba            BLAS product, upper half, threads over pairs of rows of equal total length, fastmath, inner loops over
+                 512 columns in cache; arccos is that of the C library, one at a time (no SVML in wheels)
+neural-tangents  stax, float64 switched on, symmetric call (x2=None); compiled as a whole, and layer by layer
 
 None of them treats close pairs specially. A rival is given its product for nothing: what counts against it is its time
 beyond its own X X^T.

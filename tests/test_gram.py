@@ -150,7 +150,7 @@ def test_free_networks(name):
 def test_sizes(name, n):
     net = PATHS[name]
     for m in (None, 1, 32, 131):
-        X, Y = points(n, 3, n), None if m is None else points(m, 3, m + 1000)
+        X, Y = points(n, 16, n), None if m is None else points(m, 16, m + 1000)
         for dtype in (np.float64, np.float32):
             K = nf.gram(net, X.astype(dtype), None if Y is None else Y.astype(dtype))
             assert_close(K, reference.gram(net, X, Y), scales(net, X, Y, "ntk"), tolerance(net, dtype))
@@ -215,7 +215,9 @@ def test_layer_grams(name):
             assert got.shape == wanted.shape == (len(net.slices), *wanted.shape[1:])
             root = [np.sqrt(np.array([np.diag(g) for g in reference.layer_grams(net, Z)]).reshape(len(got), len(Z)))
                     for Z in (X, X if other is None else Y)]  # fmt: skip
-            assert_close(got, wanted, root[0][:, :, None] * root[1][:, None, :], tolerance(net, dtype))
+            scale = root[0][:, :, None] * root[1][:, None, :]
+            scale = np.where(scale > 0, scale, 0.1 * wanted.max(initial=0))
+            assert_close(got, wanted, scale, tolerance(net, dtype))
         slices = nf.layer_grams(net, X, other)
         bound = tolerance(net, np.float64)
         assert_close(slices.sum(axis=0), nf.gram(net, X, other), scales(net, X, other, "ntk"), bound)
@@ -630,8 +632,7 @@ def test_number_of_threads_does_not_change_results(fresh_python, tmp_path):
     assert count == "1"
     (_, count), got = run_all(fresh_python, tmp_path, OMP_NUM_THREADS="2")
     assert count == "2"
-    for name, K in got.items():
-        np.testing.assert_array_equal(K, wanted[name], err_msg=name)
+    assert [name for name, K in got.items() if not np.array_equal(K, wanted[name])] == []
 
 
 def test_threadpoolctl_is_obeyed():
@@ -693,14 +694,16 @@ print([bool((nf.gram(net, X) == K).all()) for net, K in zip(nets, wanted)])
     "nf.gram(nf.resnet(3000), X)",
     "nf.gram(nf.resnet(300, 'erf'), X)",
     "nf.gram(nf.fully_connected(5, 'softplus', bias_variance=0.1), X)",
-    "nf.layer_grams(nf.resnet(20), X[:3000])" + " and nf.gram(nf.resnet(3000), X)",
+    "[nf.layer_grams(nf.resnet(150), X[:1200], out=out) for _ in range(50)]",
     "nf.gram(nf.resnet(500), X[:, :1], np.ones((9000, 1)))",
-    "nf.gram(nf.resnet(2), np.ones((4000, 100000), np.float32) + X[:, :1].astype(np.float32))",
+    "nf.gram(nf.resnet(2), wide)",
 ])  # fmt: skip
 def test_interrupt(call):
     code = f"""
 import numpy as np, ntkfast as nf
 X = np.random.default_rng(0).standard_normal((4000, 5))
+wide = np.random.default_rng(0).standard_normal((6000, 20000), "f4") if {"wide" in call} else None
+out = np.full((151, 1200, 1200), 1.0) if {"out=" in call} else None
 nf.gram(nf.resnet(2), X[:50])
 print("ready", flush=True)
 {call}
@@ -757,23 +760,23 @@ print(status("VmHWM") - now, nf._core.threads())
 """
 MEMORY_CASES = {
     # (setup, call, warm-up, bytes of working copies)
-    "plain": ("X = np.random.default_rng(0).standard_normal((3000, 50)); out = np.zeros((3000, 3000))",
+    "plain": ("X = np.random.default_rng(0).standard_normal((3000, 50)); out = np.full((3000, 3000), 1.0)",
               "nf.gram(nf.resnet(20), X, out=out)", 3000 * 50 * 8),
-    "strided": ("X = np.random.default_rng(0).standard_normal((3000, 2000))[:, ::2]; out = np.zeros((3000, 3000))",
+    "strided": ("X = np.random.default_rng(0).standard_normal((3000, 2000))[:, ::2]; out = np.full((3000, 3000), 1.0)",
                 "nf.gram(nf.resnet(20), X, out=out)", 3000 * 1000 * 8),
-    "integers": ("X = np.random.default_rng(0).integers(0, 9, (2000, 4000), np.uint8); out = np.zeros((2000, 2000))",
+    "integers": ("X = np.random.default_rng(0).integers(0, 9, (2000, 4000), 'u1'); out = np.full((2000, 2000), 1.0)",
                  "nf.gram(nf.resnet(20), X, out=out)", 2000 * 4000 * 8),
-    "rectangle": ("X = np.random.default_rng(0).standard_normal((3000, 50)); out = np.zeros((3000, 2999))",
+    "rectangle": ("X = np.random.default_rng(0).standard_normal((3000, 50)); out = np.full((3000, 2999), 1.0)",
                   "nf.gram(nf.resnet(20), X, X[1:], out=out)", 2 * 3000 * 50 * 8),
-    "wide": ("X = np.random.default_rng(0).standard_normal((500, 30000)); out = np.zeros((500, 500))",
+    "wide": ("X = np.random.default_rng(0).standard_normal((500, 30000)); out = np.full((500, 500), 1.0)",
              "nf.gram(nf.resnet(20), X, out=out)", 500 * 30000 * 8),
-    "biases": ("X = np.random.default_rng(0).standard_normal((3000, 50)); out = np.zeros((3000, 3000))",
+    "biases": ("X = np.random.default_rng(0).standard_normal((3000, 50)); out = np.full((3000, 3000), 1.0)",
                "nf.gram(nf.fully_connected(5, bias_variance=0.1), X, out=out)", 3000 * 50 * 8),
-    "slices": ("X = np.random.default_rng(0).standard_normal((800, 50)); out = np.zeros((41, 800, 800))",
+    "slices": ("X = np.random.default_rng(0).standard_normal((800, 50)); out = np.full((41, 800, 800), 1.0)",
                "nf.layer_grams(nf.resnet(40), X, out=out)", 800 * 50 * 8),
-    "Fortran": ("X = np.random.default_rng(0).standard_normal((3000, 50)); out = np.zeros((3000, 3000), order='F')",
+    "Fortran": ("X = np.random.default_rng(0).standard_normal((3000, 50)); out = np.full((3000, 3000), 1.0, order='F')",
                 "nf.gram(nf.resnet(20), X, out=out)", 3000 * 50 * 8),
-    "deep slices": ("X = np.random.default_rng(0).standard_normal((100, 5)); out = np.zeros((2001, 100, 100))",
+    "deep slices": ("X = np.random.default_rng(0).standard_normal((100, 5)); out = np.full((2001, 100, 100), 1.0)",
                     "nf.layer_grams(nf.resnet(2000, 'erf'), X, out=out)", 100 * 5 * 8),
     "diagonal": ("X = np.random.default_rng(0).standard_normal((200000, 5))",
                  "nf.diagonal(nf.fully_connected(5, 'gelu'), X)", 200000 * 5 * 8 * 2),
@@ -844,6 +847,6 @@ def test_a_function_that_is_not_finite_or_changes_shape():
         poor = nf.Activation.from_function(lambda z: np.exp(z**4), name="poor")
         with pytest.raises(ValueError, match="'poor' is not finite"):
             nf.gram(nf.fully_connected(1, poor, gain=1), np.eye(2))
-        short = nf.Activation.from_function(lambda z: z[:1], name="short")
+        short = nf.Activation.from_function(lambda z: z[..., :1], name="short")
         with pytest.raises(ValueError, match="'short' must return an array of the shape"):
             nf.gram(nf.fully_connected(1, short, gain=1), np.eye(2))

@@ -1,4 +1,4 @@
-// Layers with biases or without homogeneity over one block, in double: half squared distances instead of correlations.
+// Layers with biases or without homogeneity over one block, in double.
 //
 // Every layer makes three passes over one row of the block (128 pairs, in L1): correlations of the pre-activations,
 // expectations of the activation, new state. Row numbers are advanced with the layers, so nothing grows with depth.
@@ -9,7 +9,8 @@ namespace ntk {
 
 // Numbers of the rows (or columns) of a block; with ELEMENTWISE pairs both sides have one entry a pair.
 struct RowArrays {
-    double var[kCols], mean[kCols], next_var[kCols], next_mean[kCols], norm[kCols];
+    double var[kCols], mean[kCols], norm[kCols];  // S_ii, mean, sqrt(S_ii)
+    double next_var[kCols], next_mean[kCols], next_norm[kCols], next_inv[kCols];
     double lam[kCols], root[kCols], inv[kCols], q[kCols], mu[kCols], a1[kCols], a2[kCols], a3[kCols];
     double* hermite;  // (evens + odds, kCols)
 };
@@ -23,9 +24,9 @@ NTK_INLINE void put_row(RowArrays& a, int k, const RowNumbers& r) {
 }
 
 struct GeneralArrays {
-    double half[kBlock], s[kBlock], theta[kBlock];  // state; before the first layer half holds x = 1 - |rho|
-    double x[kCols], c[kCols];                      // of one row: correlation and its sign
-    double w[kCols], d[kCols], side[kCols];         // of one row: expectations (PairNumbers)
+    double x[kBlock], s[kBlock], theta[kBlock];     // state
+    double lx[kCols], ls[kCols];                    // of one row: correlation of the pre-activations
+    double w[kCols], d[kCols], side[kCols], q[kCols];  // of one row: expectations (PairNumbers)
     double e[4][kCols];                             // Hermite sums
 };
 
@@ -81,43 +82,36 @@ static void advance_rows(const GeneralLayer& l, const HermiteTable* tables, RowA
     }
     for (int k = 0; k < n; ++k) {
         RowState next = advance_row(l, {a.var[k], a.mean[k]}, a.q[k], a.mu[k]);
-        a.next_var[k] = next.var, a.next_mean[k] = next.mean;
+        const RowNumbers r = make_row(next.var);
+        a.next_var[k] = next.var, a.next_mean[k] = next.mean, a.next_norm[k] = r.root, a.next_inv[k] = r.inv;
     }
 }
 
 static void finish_layer(RowArrays& a) {
     __builtin_memcpy(a.var, a.next_var, sizeof a.var);
     __builtin_memcpy(a.mean, a.next_mean, sizeof a.mean);
+    __builtin_memcpy(a.norm, a.next_norm, sizeof a.norm);
 }
 
-template <bool FIRST, bool ELEMENTWISE>
+template <bool ELEMENTWISE>
 NTK_INLINE void correlate_pair(const GeneralLayer& l, const RowArrays& ri, const RowArrays& rj, int i, int k,
-                               const double* half, const double* s, GeneralArrays& g) {
+                               const double* x, const double* s, GeneralArrays& g) {
     const int r = ELEMENTWISE ? k : i;
-    const RowNumbers a = row_numbers(ri, r), b = row_numbers(rj, k);
-    const Correlation c = FIRST ? first_correlation(l, half[k], s[k], ri.norm[r], rj.norm[k], a, b)
-                                : correlation(l, half[k], s[k], a, b);
-    g.x[k] = c.x, g.c[k] = c.s;
+    const Correlation c = correlation(l, x[k], s[k], ri.norm[r], rj.norm[k], row_numbers(ri, r), row_numbers(rj, k));
+    g.lx[k] = c.x, g.ls[k] = c.s;
 }
-template <bool FIRST, bool ELEMENTWISE>
-static void correlate(const GeneralLayer& l, const RowArrays& ri, const RowArrays& rj, int i, int n, double* half,
-               const double* s, GeneralArrays& g) {
+template <bool ELEMENTWISE>
+static void correlate(const GeneralLayer& l, const RowArrays& ri, const RowArrays& rj, int i, int n, const double* x,
+                      const double* s, GeneralArrays& g) {
 #pragma omp simd
-    for (int k = 0; k < n; ++k) correlate_pair<FIRST, ELEMENTWISE>(l, ri, rj, i, k, half, s, g);
-    if (FIRST) {
-#pragma omp simd
-        for (int k = 0; k < n; ++k) {
-            const double ni = ri.norm[ELEMENTWISE ? k : i], nj = rj.norm[k], dn = ni - nj;
-            half[k] = fma_(ni * nj, half[k], 0.5 * dn * dn);
-        }
-    }
+    for (int k = 0; k < n; ++k) correlate_pair<ELEMENTWISE>(l, ri, rj, i, k, x, s, g);
 }
 
 template <bool ELEMENTWISE, class Activation>
 NTK_INLINE void expect_pair(const Activation& act, const RowArrays& ri, const RowArrays& rj, int i, int k,
                             GeneralArrays& g) {
-    const PairNumbers u = act.pair(row_numbers(ri, ELEMENTWISE ? k : i), row_numbers(rj, k), g.x[k], g.c[k]);
-    g.w[k] = u.w, g.d[k] = u.d, g.side[k] = u.side;
+    const PairNumbers u = act.pair(row_numbers(ri, ELEMENTWISE ? k : i), row_numbers(rj, k), g.lx[k], g.ls[k]);
+    g.w[k] = u.w, g.d[k] = u.d, g.side[k] = u.side, g.q[k] = u.q;
 }
 template <bool ELEMENTWISE, class Activation>
 static void expect(const Activation& act, const RowArrays& ri, const RowArrays& rj, int i, int n, GeneralArrays& g) {
@@ -137,7 +131,7 @@ static void expect_uniform(const HermiteTable& t, int n, GeneralArrays& g) {
         // 16 pairs at a time: their two sums stay in registers over all terms.
         for (int start = 0; start < n; start += 16) {
             double r2[16], u[16], v[16];
-            for (int k = 0; k < 16; ++k) r2[k] = (1.0 - g.x[start + k]) * (1.0 - g.x[start + k]), u[k] = v[k] = 0.0;
+            for (int k = 0; k < 16; ++k) r2[k] = (1.0 - g.lx[start + k]) * (1.0 - g.lx[start + k]), u[k] = v[k] = 0.0;
             for (int m = length - 1; m >= 0; --m) {
 #pragma omp simd
                 for (int k = 0; k < 16; ++k) u[k] = fma_(u[k], r2[k], defect[m]), v[k] = fma_(v[k], r2[k], derivative[m]);
@@ -146,19 +140,19 @@ static void expect_uniform(const HermiteTable& t, int n, GeneralArrays& g) {
         }
     }
     for (int k = 0; k < n; ++k) {
-        const double side = t.odds == 0 ? 1.0 : g.c[k];
-        const PairNumbers p = hermite_pair(g.x[k], g.c[k], side, g.e[0][k], g.e[1][k], g.e[2][k], g.e[3][k], t.even_sum, t.odd_sum);
-        g.w[k] = p.w, g.d[k] = p.d, g.side[k] = p.side;
+        const double side = t.odds == 0 ? 1.0 : g.ls[k];
+        const PairNumbers p = hermite_pair(g.lx[k], g.ls[k], side, g.e[0][k], g.e[1][k], g.e[2][k], g.e[3][k], t.even_sum, t.odd_sum);
+        g.w[k] = p.w, g.d[k] = p.d, g.side[k] = p.side, g.q[k] = p.q;
     }
 }
 
 template <bool EVEN, bool ELEMENTWISE>
 NTK_INLINE void hermite_term(int i, int k, const double* ai, const double* aj, double degree, GeneralArrays& g) {
-    HermiteSum t{g.w[k], g.d[k], g.e[0][k], g.e[1][k]};
-    const double a = ai[ELEMENTWISE ? k : i], x = g.x[k], r2 = (1.0 - x) * (1.0 - x), u = x * (2.0 - x);
+    HermiteSum t{g.w[k], g.q[k], g.d[k], g.e[0][k], g.e[1][k]};
+    const double a = ai[ELEMENTWISE ? k : i], x = g.lx[k], r2 = (1.0 - x) * (1.0 - x), u = x * (2.0 - x);
     if (EVEN) hermite_even(t, a, aj[k], degree, g.side[k], r2, u);
-    else hermite_odd(t, a, aj[k], degree, x, r2, u);
-    g.w[k] = t.w, g.d[k] = t.d, g.e[0][k] = t.e, g.e[1][k] = t.before;
+    else hermite_odd(t, a, aj[k], degree, x, g.ls[k], r2, u);
+    g.w[k] = t.w, g.q[k] = t.q, g.d[k] = t.d, g.e[0][k] = t.e, g.e[1][k] = t.before;
 }
 template <bool EVEN, bool ELEMENTWISE>
 static void hermite_terms(int i, int n, int terms, const double* ai, const double* aj, GeneralArrays& g) {
@@ -172,9 +166,9 @@ static void hermite_terms(int i, int n, int terms, const double* ai, const doubl
 }
 template <bool ELEMENTWISE>
 static void expect_hermite(const HermiteTable& t, const RowArrays& ri, const RowArrays& rj, int i, int n, GeneralArrays& g) {
-    for (int k = 0; k < n; ++k) g.w[k] = 0.0, g.side[k] = t.odds == 0 ? 1.0 : g.c[k];
+    for (int k = 0; k < n; ++k) g.w[k] = g.q[k] = 0.0, g.side[k] = t.odds == 0 ? 1.0 : g.ls[k];
     hermite_terms<true, ELEMENTWISE>(i, n, t.evens, ri.hermite, rj.hermite, g);
-    for (int k = 0; k < n; ++k) g.e[2][k] = g.d[k] * g.c[k] * (1.0 - g.x[k]);
+    for (int k = 0; k < n; ++k) g.e[2][k] = g.d[k] * g.ls[k] * (1.0 - g.lx[k]);
     const std::int64_t skip = std::int64_t(t.evens) * kCols;
     hermite_terms<false, ELEMENTWISE>(i, n, t.odds, ri.hermite + skip, rj.hermite + skip, g);
     for (int k = 0; k < n; ++k) g.d[k] = (g.d[k] + g.e[2][k]) * ri.inv[ELEMENTWISE ? k : i] * rj.inv[k];
@@ -198,22 +192,24 @@ static void expectations(const GeneralLayer& l, const HermiteTable* tables, cons
     expect_hermite<ELEMENTWISE>(t, ri, rj, i, n, g);
 }
 
+NTK_INLINE PointState point_state(const RowArrays& a, int k) {
+    return {a.norm[k], a.mean[k], a.next_norm[k], a.next_inv[k]};
+}
 template <bool ELEMENTWISE>
-NTK_INLINE void general_pair(const GeneralLayer& l, const RowArrays& ri, const RowArrays& rj, int i, int k, double* half,
+NTK_INLINE void general_pair(const GeneralLayer& l, const RowArrays& ri, const RowArrays& rj, int i, int k, double* x,
                              double* s, double* theta, const GeneralArrays& g, double* terms) {
     const int r = ELEMENTWISE ? k : i;
-    GeneralState p{half[k], s[k], theta[k]};
-    const GeneralTerms t = general_step(l, p, {g.w[k], g.d[k], g.side[k]}, row_numbers(ri, r),
-                                        row_numbers(rj, k), {ri.var[r], ri.mean[r]}, {rj.var[k], rj.mean[k]},
-                                        {ri.next_var[r], ri.next_mean[r]}, {rj.next_var[k], rj.next_mean[k]});
-    half[k] = p.half, s[k] = p.s, theta[k] = p.theta;
+    GeneralState p{x[k], s[k], theta[k]};
+    const GeneralTerms t = general_step(l, p, {g.w[k], g.d[k], g.side[k], g.q[k]}, row_numbers(ri, r), row_numbers(rj, k),
+                                        point_state(ri, r), point_state(rj, k));
+    x[k] = p.x, s[k] = p.s, theta[k] = p.theta;
     terms[k] = t.own_w, terms[k + kCols] = t.own_b, terms[k + 2 * kCols] = t.own_v, terms[k + 3 * kCols] = t.factor;
 }
 template <bool ELEMENTWISE>
-static void general_row(const GeneralLayer& l, const RowArrays& ri, const RowArrays& rj, int i, int n, double* half, double* s,
-                 double* theta, const GeneralArrays& g, double* terms) {
+static void general_row(const GeneralLayer& l, const RowArrays& ri, const RowArrays& rj, int i, int n, double* x, double* s,
+                        double* theta, const GeneralArrays& g, double* terms) {
 #pragma omp simd
-    for (int k = 0; k < n; ++k) general_pair<ELEMENTWISE>(l, ri, rj, i, k, half, s, theta, g, terms);
+    for (int k = 0; k < n; ++k) general_pair<ELEMENTWISE>(l, ri, rj, i, k, x, s, theta, g, terms);
 }
 
 // All layers of the suffix over rows x cols pairs. own: (n_suffix, 4, own_stride) own_w, own_b, own_v, factor of every
@@ -228,11 +224,10 @@ static void general_block(const Plan& plan, RowArrays& ri, RowArrays& rj, int ro
         advance_rows(l, plan.tables, ri, ELEMENTWISE ? n : rows);
         advance_rows(l, plan.tables, rj, n);
         for (int i = 0; i < rows; ++i) {
-            double *half = g.half + i * kCols, *s = g.s + i * kCols, *theta = g.theta + i * kCols;
-            if (h == 0) correlate<true, ELEMENTWISE>(l, ri, rj, i, n, half, s, g);
-            else correlate<false, ELEMENTWISE>(l, ri, rj, i, n, half, s, g);
+            double *x = g.x + i * kCols, *s = g.s + i * kCols, *theta = g.theta + i * kCols;
+            correlate<ELEMENTWISE>(l, ri, rj, i, n, x, s, g);
             expectations<ELEMENTWISE>(l, plan.tables, ri, rj, i, n, g);
-            general_row<ELEMENTWISE>(l, ri, rj, i, n, half, s, theta, g, terms);
+            general_row<ELEMENTWISE>(l, ri, rj, i, n, x, s, theta, g, terms);
             if (own)
                 for (int t = 0; t < 4; ++t)
                     __builtin_memcpy(own + (4 * h + t) * own_stride + i * kCols, terms + t * kCols, n * sizeof(double));
@@ -245,7 +240,7 @@ static void general_block(const Plan& plan, RowArrays& ri, RowArrays& rj, int ro
     for (int i = 0; i < rows; ++i)
         for (int k = 0; k < n; ++k) {
             const int at = i * kCols + k;
-            cov[at] = g.s[at] * (0.5 * (ri.var[ELEMENTWISE ? k : i] + rj.var[k]) - g.half[at]);
+            cov[at] = g.s[at] * ri.norm[ELEMENTWISE ? k : i] * rj.norm[k] * (1.0 - g.x[at]);
         }
 }
 

@@ -91,7 +91,7 @@ void start_general(const Block<T>& b, const RowArrays& ri, const RowArrays& rj, 
     for (int i = 0; i < rows; ++i)
         for (int j = 0; j < kCols; ++j) {
             const int at = i * kCols + j;
-            g.half[at] = whole(load(b.x, b.x_low, at));
+            g.x[at] = whole(load(b.x, b.x_low, at));
             g.s[at] = double(b.s[at]);
             g.theta[at] = whole(load(b.theta, b.theta_low, at)) * ri.norm[elementwise ? j : i] * rj.norm[j];
         }
@@ -182,7 +182,7 @@ template <class T>
 void write_slices(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, int rows, int cols, Scratch<T>& s,
                   const OwnTerms<T>& own) {
     const int n = rows * kCols;
-    double *later = s.general.half, *value = s.cov;  // both are free once the readout's slice is written
+    double *later = s.general.x, *value = s.cov;  // both are free once the readout's slice is written
     if (t.slices.readout >= 0) {
         for (int i = 0; i < rows; ++i)
             mix_row(plan, {0.0, t.slices.readout_cov, 0.0, 0.0}, s, i, kCols, false, value + i * kCols);
@@ -387,7 +387,7 @@ void dual(const GeneralLayer& l, const HermiteTable* tables, std::int64_t n, con
         for (int k = 0; k < kCols; ++k) {
             r.data[0].var[k] = k < size ? a[start + k] : 0.0, r.data[1].var[k] = k < size ? b[start + k] : 0.0;
             r.data[0].mean[k] = r.data[1].mean[k] = 0.0;
-            g.data->x[k] = k < size ? x[start + k] : 0.0, g.data->c[k] = k < size ? s[start + k] : 1.0;
+            g.data->lx[k] = k < size ? x[start + k] : 0.0, g.data->ls[k] = k < size ? s[start + k] : 1.0;
         }
         advance_rows(l, tables, r.data[0], kCols);
         advance_rows(l, tables, r.data[1], kCols);

@@ -27,28 +27,31 @@ struct HermiteTable {
 NTK_INLINE PairNumbers hermite_pair(double x, double s, double side, double even_defect, double even_derivative, double odd_defect,
                                     double odd_derivative, double even_sum, double odd_sum) {
     double cosine = 1.0 - x, u = x * (2.0 - x);
-    double even = u * even_defect;
+    double even = u * even_defect, odd = fma_(x, odd_sum, cosine * u * odd_defect);
+    double q = (even_sum - even) + s * (odd_sum - odd);
     even = side < 0.0 ? 2.0 * even_sum - even : even;
-    return {even + fma_(x, odd_sum, cosine * u * odd_defect), fma_(s * cosine, even_derivative, odd_derivative), side};
+    return {even + odd, fma_(s * cosine, even_derivative, odd_derivative), side, q};
 }
 
 // Rows of different variance, term by term; e = 1 - rho^(2m) is carried, not a power to be subtracted from 1.
 struct HermiteSum {
-    double w, d;       // w of PairNumbers; the even (odd) part of sum k a_k a_k rho^(k-2) (rho^(k-1))
+    double w, q, d;    // w, Q of PairNumbers; the even (odd) part of sum k a_k a_k rho^(k-2) (rho^(k-1))
     double e, before;  // 1 - rho^(2m), rho^(2m-2)
 };
 // k = 2m
 NTK_INLINE void hermite_even(HermiteSum& t, double ai, double aj, double k, double side, double r2, double u) {
     double p = ai * aj, diff = ai - side * aj;
     t.w = fma_(0.5 * diff, diff, fma_(side * p, t.e, t.w));
+    t.q = fma_(p, 1.0 - t.e, t.q);
     t.d = fma_(k * p, t.before, t.d);
     t.before = 1.0 - t.e;
     t.e = fma_(t.e, r2, u);
 }
 // k = 2m + 1
-NTK_INLINE void hermite_odd(HermiteSum& t, double ai, double aj, double k, double x, double r2, double u) {
+NTK_INLINE void hermite_odd(HermiteSum& t, double ai, double aj, double k, double x, double s, double r2, double u) {
     double p = ai * aj, diff = ai - aj;
     t.w = fma_(0.5 * diff, diff, fma_(p, fma_(1.0 - x, t.e, x), t.w));
+    t.q = fma_(p * s, (1.0 - x) * (1.0 - t.e), t.q);
     t.d = fma_(k * p, 1.0 - t.e, t.d);
     t.e = fma_(t.e, r2, u);
 }

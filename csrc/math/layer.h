@@ -105,38 +105,26 @@ NTK_INLINE RowState advance_row(const GeneralLayer& l, RowState r, double q, dou
     return {fma_(l.p * l.p, r.var, 2.0 * l.p * l.q * r.mean * mu) + fma_(l.r, q, l.vb), fma_(l.p, r.mean, l.q * mu)};
 }
 
-// State of a pair: half = (S_ii + S_jj)/2 - s S_ij, half the squared distance (s = 1) or half the squared sum (s = -1),
-// whichever is smaller.
+// State of a pair: x = 1 - |rho| and the sign s of rho, rho the correlation of S_ij; Theta.
 struct GeneralState {
-    double half, s, theta;
+    double x, s, theta;
 };
 
-// x = 1 - |rho| of the pre-activations (covariance Lam = cw S + cb) and the sign of rho.
 struct Correlation {
     double x, s;
 };
-NTK_INLINE Correlation fold(double x, double s) {
-    // Rounding may leave x just below 0; beyond 1 the other side is the smaller one.
-    x = at_least(x, 0.0);
-    return {x > 1.0 ? 2.0 - x : x, x > 1.0 ? -s : s};
-}
-NTK_INLINE Correlation correlation(const GeneralLayer& l, double half, double s, const RowNumbers& i,
+
+// 1 - |rho| and sign of the pre-activations, covariance Lam = cw S + cb; ni, nj: square roots of S_ii, S_jj. With
+// root = sqrt(Lam_ii), N = ni + nj, R = root_i + root_j every term is positive:
+//   sqrt(Lam_ii Lam_jj) - Lam_ij = cw ni nj x + cw (ni - nj)^2 / 2 * (R^2 - cw N^2) / R^2      (s = 1; s = -1: + 2 cb)
+NTK_INLINE Correlation correlation(const GeneralLayer& l, double x, double s, double ni, double nj, const RowNumbers& i,
                                    const RowNumbers& j) {
-    double dn = i.root - j.root;
-    double g = fma_(l.cw, half, (1.0 - s) * l.cb) - 0.5 * dn * dn;
-    return fold(g * i.inv * j.inv, s);
-}
-// The same for the first layer, where x of S itself is known: also right for parallel rows of different length, for
-// which the difference above cancels. ni, nj: square roots of S_ii, S_jj.
-//   (cw (ni - nj)^2 - (root_i - root_j)^2) / 2 = cw (ni - nj)^2 / 2 * (R^2 - cw N^2) / R^2,  R = root_i + root_j, N = ni + nj
-NTK_INLINE Correlation first_correlation(const GeneralLayer& l, double x, double s, double ni, double nj,
-                                         const RowNumbers& i, const RowNumbers& j) {
     double dn = ni - nj, sum = i.root + j.root;
     double cross = fma_(l.cw, ni * nj, i.root * j.root);
     double excess = 2.0 * l.cb * (1.0 + (cross > 0.0 ? fma_(l.cw, ni * ni + nj * nj, l.cb) / cross : 0.0));
     double spread = sum > 0.0 ? 0.5 * l.cw * dn * dn * excess / (sum * sum) : 0.0;
-    double g = fma_(l.cw * ni * nj, x, spread) + (1.0 - s) * l.cb;
-    return fold(g * i.inv * j.inv, s);
+    double gap = (fma_(l.cw * ni * nj, x, spread) + (1.0 - s) * l.cb) * i.inv * j.inv;
+    return {gap > 1.0 ? 2.0 - gap : gap, gap > 1.0 ? -s : s};
 }
 
 struct GeneralTerms {
@@ -146,25 +134,33 @@ struct GeneralTerms {
     double factor;  // p^2 + r cw D: what the layer does to earlier Grams
 };
 
+// What a point brings to general_step: sqrt(S_ii) and mean before the layer, 1 / sqrt(S_ii) too after it.
+struct PointState {
+    double root, mean, next_root, next_inv;
+};
+
 // The state after one layer, given the expectations u of the activation.
+//   close: half the squared distance (sum, for side = -1), a sum of small terms, less what the norms contribute;
+//   far:   the covariance itself, right relative to the norms however different they are.
 NTK_INLINE GeneralTerms general_step(const GeneralLayer& l, GeneralState& p, PairNumbers u, const RowNumbers& i,
-                                     const RowNumbers& j, RowState si, RowState sj, RowState ti,
-                                     RowState tj) {
-    double middle = 0.5 * (si.var + sj.var);
-    double cov = p.s * (middle - p.half);
-    double q = u.side * (0.5 * (i.q + j.q) - u.w);
+                                     const RowNumbers& j, PointState a, PointState b) {
+    double n = a.root * b.root, dn = a.root - b.root;
+    double cov = p.s * n * (1.0 - p.x);
     GeneralTerms t;
     t.own_w = l.r * u.d * (l.cw * cov);
     t.own_b = l.r * u.d * l.cb;
-    t.own_v = l.r * q;
+    t.own_v = l.r * u.q;
     t.factor = fma_(l.r * l.cw, u.d, l.p * l.p);
     p.theta = fma_(t.factor, p.theta, fma_(l.w, t.own_w, fma_(l.wb, t.own_b, fma_(l.v, t.own_v, l.vvb * l.vb))));
-    double half = u.side == p.s ? p.half : 2.0 * middle - p.half;
-    double cross = l.p * l.q * (si.mean - u.side * sj.mean) * (i.mu - u.side * j.mu);
+    double next_n = a.next_root * b.next_root, next_dn = a.next_root - b.next_root, scale = a.next_inv * b.next_inv;
+    double half = fma_(n, u.side == p.s ? p.x : 2.0 - p.x, 0.5 * dn * dn);
+    double cross = l.p * l.q * (a.mean - u.side * b.mean) * (i.mu - u.side * j.mu);
     half = fma_(l.p * l.p, half, cross) + fma_(l.r, u.w, (1.0 - u.side) * l.vb);
-    middle = 0.5 * (ti.var + tj.var);
-    p.half = half > middle ? 2.0 * middle - half : half;
-    p.s = half > middle ? -u.side : u.side;
+    double far = fma_(l.p * l.p, cov, l.p * l.q * fma_(a.mean, j.mu, b.mean * i.mu)) + fma_(l.r, u.q, l.vb);
+    bool close = half < 0.25 * next_n;
+    double x = close ? (half - 0.5 * next_dn * next_dn) * scale : 1.0 - abs_(far) * scale;
+    p.x = at_least(x, 0.0);
+    p.s = close ? u.side : (far < 0.0 ? -1.0 : 1.0);
     return t;
 }
 

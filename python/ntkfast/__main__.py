@@ -25,7 +25,7 @@ import ntkfast
 from ntkfast import _core
 from ntkfast._arrays import available_memory, check_matrix, result_dtype
 from ntkfast.activation import NAMES
-from ntkfast.gram import KINDS
+from ntkfast.gram import KINDS, _check_kinds
 from ntkfast.network import Network
 
 BUILDERS: dict[str, Callable[..., Network]] = {
@@ -36,7 +36,7 @@ BUILDERS: dict[str, Callable[..., Network]] = {
 }
 #: Keyword arguments of the builders that are options here; which builder has which is read from its signature.
 NUMBERS = {
-    "gain": "None means the constant that keeps unit variances",
+    "gain": "factor of each layer's variance; the constant that keeps unit variances unless given",
     "weight_variance": "of every hidden layer",
     "bias_variance": "of every hidden layer",
     "c_res": "scale of the residual branches, times depth",
@@ -54,7 +54,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# --- info --------------------------------------------------------------------------------------------------------------
+# --- info ------------------------------------------------------------------------------------------------------------
 
 
 def _version(package: str) -> str:
@@ -98,8 +98,9 @@ def _cores() -> int:
 
 def machine() -> str:
     """Machine and versions in one line, to stand below a table of measurements."""
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
-        f"{_processor()}, {_cores()} cores; instruction set {_core.isa()}, {_core.threads()} threads; "
+        f"{_processor()}, {_cores()} cores{load}; instruction set {_core.isa()}, {_core.threads()} threads; "
         f"ntkfast {ntkfast.__version__}, NumPy {np.__version__} ({_blas()}), Python {platform.python_version()}"
     )
 
@@ -126,7 +127,7 @@ def info() -> int:
     return 0
 
 
-# --- gram --------------------------------------------------------------------------------------------------------------
+# --- gram ------------------------------------------------------------------------------------------------------------
 
 
 def _network(args: argparse.Namespace) -> Network:
@@ -199,7 +200,7 @@ def _new_files(targets: Sequence[Path], shape: tuple[int, int], dtype: np.dtype[
 
 def gram(args: argparse.Namespace) -> int:
     """Gram matrix of the points of one file, into another."""
-    kinds = tuple(args.get.split(","))
+    kinds = _check_kinds(tuple(args.get.split(",")))
     targets = _targets(args.out, kinds, args.force)
     net = _network(args)
     x = _load(args.points)
@@ -216,7 +217,7 @@ def gram(args: argparse.Namespace) -> int:
     return 0
 
 
-# --- arguments ---------------------------------------------------------------------------------------------------------
+# --- arguments -------------------------------------------------------------------------------------------------------
 
 
 def _add_gram(commands: Any) -> None:
@@ -228,7 +229,9 @@ def _add_gram(commands: Any) -> None:
     parser.add_argument("--network", required=True, choices=BUILDERS)
     parser.add_argument("--depth", required=True, type=int)
     parser.add_argument("--out", required=True, type=Path, help=".npy file to write")
-    parser.add_argument("--other", type=Path, metavar="FILE", help=".npy file of shape (m, d): a rectangular Gram matrix")
+    parser.add_argument(
+        "--other", type=Path, metavar="FILE", help=".npy file of shape (m, d): a rectangular Gram matrix"
+    )
     parser.add_argument("--get", default="ntk", metavar="KERNEL[,KERNEL]",
                         help=f"{', '.join(KINDS)}; of several each goes to its own file, OUT_KERNEL.npy")  # fmt: skip
     parser.add_argument("--normalize", action="store_true", help="K_ij / sqrt(K_ii K_jj)")
@@ -258,7 +261,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ntkfast {ntkfast.__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
     demo = commands.add_parser("demo", help="a real data set: time, error, accuracy, and a picture", allow_abbrev=False)
-    demo.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture, replaced if it exists (demo.png)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo.png"), help="the picture, replaced if it exists (demo.png)"
+    )
     demo.add_argument("--quick", action="store_true", help="fewer points and depths: a test of the installation")
     demo.set_defaults(run=_demo)
     commands.add_parser("bench", help="this machine's table of time and error", add_help=False)

@@ -32,7 +32,7 @@ _IDS = {"erf": 1, "gaussian": 2, "exp": 3, "sin": 4, "cos": 5, "gelu": 6}
 _HERMITE = 7
 #: the ranges of kArcRange in csrc/math/arccos.h
 _RANGES = (0.5, 0.28, 0.1)
-#: bits by which the suffix is scaled down whenever its variance exceeds them
+#: bits by which the suffix is scaled down whenever the variance of a unit-norm point exceeds them
 _STEP = 64
 
 
@@ -188,6 +188,15 @@ def _suffix_row(layer: Any, c: Coefficients, down: int, power: int) -> list[floa
             float(c.v), vb, float(c.vvb), float(c.w_all), slope]  # fmt: skip
 
 
+def _advance_unit(row: list[float], unit: tuple[float, float]) -> tuple[float, float]:
+    """Variance and mean of a unit-norm point after a homogeneous suffix layer."""
+    p, q, r, cw, cb, vb, slope = (row[k] for k in (0, 1, 2, 3, 4, 8, 11))
+    nu, mean = unit
+    lam = cw * nu + cb
+    mu = (1 - slope) * math.sqrt(lam / (2 * math.pi))
+    return p * p * nu + 2 * p * q * mean * mu + r * 0.5 * (1 + slope * slope) * lam + vb, p * mean + q * mu
+
+
 def _table(layer: Any, h: int, c: list[float], var: Array, dtype: np.dtype[Any], cache: list[Any]) -> int:
     """Index of the Hermite table of a layer for rows of variance `var`; the table joins `cache` if it is new."""
     activation = layer.activation
@@ -261,7 +270,7 @@ def _build(net: Network, norms: Sequence[Array], dtype: np.dtype[Any]) -> Compil
     scalable = all(layer.activation.homogeneous for layer in layers)
     down = exponent - exponent % (_STEP // 2) if scalable and exponent > _STEP // 2 else 0
     nu = math.ldexp(root * root, 2 * (exponent - down)) if 2 * (exponent - down) < 1000 else math.inf
-    growth = max(nu, 1.0)
+    unit = (nu, unit_mean * math.sqrt(nu)) if scalable else (1.0, 0.0)
     rows, ints, cache = [], [], list[Any]()
     var = nu * np.concatenate([r * r for r in norms]) if norms else np.zeros(1)
     mean = unit_mean * math.sqrt(nu) * np.concatenate(norms) if norms else np.zeros(1)
@@ -271,10 +280,10 @@ def _build(net: Network, norms: Sequence[Array], dtype: np.dtype[Any]) -> Compil
     for k, (layer, slots) in enumerate(zip(layers, slices[count:], strict=True)):
         c, power = layer.coefficients(float), 0
         if scalable:
-            h0 = 0.5 * (1 + layer.activation.slope**2)
-            growth = max(1.0, growth * (abs(c.p) + math.sqrt(c.r * c.cw * h0)) ** 2)
-            if growth > 2.0**_STEP:
-                power, growth = _STEP // 2, growth / 2.0**_STEP
+            unit = _advance_unit(_suffix_row(layer, c, down, 0), unit)
+            if unit[0] > 2.0**_STEP:
+                power = _STEP // 2
+                unit = (unit[0] * 4.0**-power, unit[1] * 2.0**-power)
         row = _suffix_row(layer, c, down, power)
         down += power
         table = -1

@@ -78,11 +78,11 @@ def _equal_pairs(compiled: Compiled, mix: Mix, points: Points) -> Vector:
 
 def _scaled(compiled: Compiled, mix: Mix, points: Points, single: bool) -> tuple[Vector, Vector]:
     """(d, f): the diagonal is d f^2 + constant, and K_ij = (..) f_i f_j + constant, unnormalised."""
-    if compiled.prefix_only:
-        with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):
+        if compiled.prefix_only:
             f = np.ldexp(points.norm * compiled.root, compiled.exponent)
-        return np.full(len(points), _unit(compiled, mix, single)), f
-    return _equal_pairs(compiled, mix, points), np.full(len(points), np.ldexp(1.0, compiled.exponent))
+            return np.full(len(points), _unit(compiled, mix, single)), f
+        return _equal_pairs(compiled, mix, points), np.full(len(points), np.ldexp(1.0, compiled.exponent))
 
 
 def _refuse_overflow(values: Vector, name: str, get: str, dtype: np.dtype[Any], hint: str) -> None:
