@@ -79,9 +79,10 @@ struct Erf {
         PairGeometry g = geometry(i, j, x);
         double m = i.a1 * j.a1;
         double ci = sqrt_(1.0 - i.a2 * i.a2), cj = sqrt_(1.0 - j.a2 * j.a2);
-        double sum = fma_(i.a2, cj, ci * j.a2), cosum = fma_(ci, cj, -i.a2 * j.a2);
-        double det = fma_(4.0, g.det, 1.0 + 2.0 * (i.lam + j.lam));
         double root = sqrt_(m);
+        // Sine and cosine of (phi_i + phi_j)/2; ci cj - a2 a2 would cancel for large variances.
+        double sum = fma_(i.a2, cj, ci * j.a2), cosum = 0.5 * root * (i.a3 + j.a3);
+        double det = fma_(4.0, g.det, 1.0 + 2.0 * (i.lam + j.lam));
         double cosine = sqrt_(det) * root, sine = 2.0 * g.c * root;
         double dp = 4.0 * g.gap / (i.a3 + j.a3);
         double top = fma_(8.0, g.det, 0.5 * dp * dp) * m;
@@ -196,7 +197,7 @@ struct Gelu {
         double z = 0.5 * sine2 / (1.0 + cosine);
         double phi = sqrt_(z) * angle_fit<0>(z, z * z);  // asin(|C| / sqrt((1+A)(1+B))) / pi
         double ab = i.lam * j.lam, f = kInv2Pi / root;
-        double h = fma_(0.5 * g.c, phi, f * fma_(sine2, 1.0 - ab, ab));
+        double h = fma_(0.5 * g.c, phi, f * fma_(ab * m, det, sine2));  // AB + C^2 (1 - AB) m
         double hd = 0.5 * (i.a2 + j.a2);
         double d = fma_(0.5, s * phi, 0.25) + s * g.c * f * (i.a1 + j.a1 + 1.0 / det);
         return {fma_(0.25, g.e, hd - s * h), d, s, fma_(0.25 * s, g.c, h)};

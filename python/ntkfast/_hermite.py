@@ -43,6 +43,13 @@ def _erf(z: Array) -> Array:
     return np.asarray(np.vectorize(erf, otypes=[np.float64])(z))
 
 
+def _at_zero(activation: Activation) -> float:
+    """s(0); 0 if the function is not finite there (the quadrature says so)."""
+    with np.errstate(all="ignore"):
+        value = float(np.asarray(_function(activation)(np.zeros(1)), dtype=np.float64).ravel()[0])
+    return value if np.isfinite(value) else 0.0
+
+
 @lru_cache(maxsize=8)
 def _grid(nodes: int, terms: int) -> tuple[Array, Array, Array]:
     """Trapezoidal nodes z, sqrt(weight) and h_k(z) sqrt(weight), (terms, nodes); weight = step * density of z."""
@@ -64,11 +71,16 @@ def _coefficients(activation: Activation, sigma: Array, nodes: int, terms: int) 
         values = np.asarray(_function(activation)(np.multiply.outer(sigma, z)), dtype=np.float64)
         if values.shape != (len(sigma), nodes):
             raise ValueError(f"activation {activation.name!r} must return an array of the shape it was given")
-        values = values * root
+        # s(0) apart: a_1 ~ sqrt(A) would lose its digits under it for rows of small variance.
+        origin = _at_zero(activation)
+        values = (values - origin) * root
     if not np.isfinite(values).all():
         raise ValueError(f"activation {activation.name!r} is not finite at arguments up to {REACH * sigma.max():g}; "
                          "normalise the rows")  # fmt: skip
-    return values @ h.T, np.einsum("ij,ij->i", values, values)
+    a, square = values @ h.T, np.einsum("ij,ij->i", values, values)
+    square += origin * (2 * a[:, 0] + origin)
+    a[:, 0] += origin
+    return a, square
 
 
 @lru_cache(maxsize=64)
@@ -205,7 +217,3 @@ def panel_table(activation: Activation, low: float, high: float, tolerance: floa
     coefficients = _split(np.moveaxis(series, 1, 2), evens, odds)
     return Table(evens, odds, np.ascontiguousarray(edges), np.ascontiguousarray(np.moveaxis(coefficients, 1, 2)),
                  np.zeros(2 * (evens + odds)), 0.0, 0.0, _at_zero(activation))  # fmt: skip
-
-
-def _at_zero(activation: Activation) -> float:
-    return float(np.asarray(_function(activation)(np.zeros(1)))[0])
