@@ -13,18 +13,8 @@ from ntkfast import _core
 from ntkfast._arrays import OutOfMemoryError
 from ntkfast.activation import Activation
 from ntkfast.gram import diagonal, gram, layer_grams
-from ntkfast.network import (
-    Bottleneck,
-    Dense,
-    Linear,
-    Network,
-    Readout,
-    Residual,
-    bottleneck_resnet,
-    fixed_readout_resnet,
-    fully_connected,
-    resnet,
-)
+from ntkfast.layers import Bottleneck, Dense, Linear, Readout, Residual
+from ntkfast.network import Network, bottleneck_resnet, fixed_readout_resnet, fully_connected, resnet
 
 __version__ = "0.1.0"
 

@@ -21,6 +21,10 @@ Array = NDArray[Any]
 _SAFE = {np.dtype(np.float32): 30, np.dtype(np.float64): 400}
 
 
+#: kDLCPU of DLPack
+_HOST = 1
+
+
 class OutOfMemoryError(MemoryError):
     """The result cannot fit in memory; the message names the bytes needed and available."""
 
@@ -34,6 +38,8 @@ def check_device(device: object) -> None:
 
 def as_numpy(x: Any, name: str) -> tuple[Array, Callable[[Array], Any]]:
     """A NumPy view of any host array, and the way back to its kind."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; fill it ({name}.filled(...)) or drop the masked rows")
     if isinstance(x, np.ndarray):
         return np.asarray(x), lambda result: result
     kind = type(x).__module__.split(".")[0]
@@ -47,17 +53,16 @@ def as_numpy(x: Any, name: str) -> tuple[Array, Callable[[Array], Any]]:
     _refuse(str(getattr(x, "dtype", "")), name)
     if getattr(x, "requires_grad", False):
         raise TypeError(f"{name} requires a gradient, which kernels do not track; pass {name}.detach()")
-    place = x.__dlpack_device__()
-    if place[0] != 1:
+    try:
+        place = x.__dlpack_device__()
+        view = np.from_dlpack(x) if place[0] == _HOST else None
+    except (BufferError, RuntimeError, ValueError, TypeError) as error:
+        raise TypeError(f"{name} ({type(x).__name__}) cannot be read as a dense array: {error}") from None
+    if view is None:
         raise ValueError(f"{name} is not in host memory (DLPack device {place}); this version computes on the CPU only")
-    view = np.from_dlpack(x)
-    module = (
-        sys.modules["torch"]
-        if kind == "torch"
-        else x.__array_namespace__()
-        if hasattr(x, "__array_namespace__")
-        else None
-    )
+    module = sys.modules.get("torch") if kind == "torch" else None
+    if module is None and hasattr(x, "__array_namespace__"):
+        module = x.__array_namespace__()
     if module is None or not hasattr(module, "from_dlpack"):
         return view, lambda result: result
     return view, module.from_dlpack
@@ -77,7 +82,7 @@ def result_dtype(dtype: Any, *arrays: tuple[str, Array]) -> np.dtype[Any]:
         _refuse(str(x.dtype), name)
         if x.dtype.kind not in "biuf":
             raise TypeError(f"{name} has dtype {x.dtype}; numbers are needed (float32, float64, integers or booleans)")
-        found.append(np.dtype(np.float32) if x.dtype == np.float32 else np.dtype(np.float64))
+        found.append(np.dtype(np.float32) if x.dtype.newbyteorder("=") == np.float32 else np.dtype(np.float64))
     if dtype is not None:
         wanted: np.dtype[Any] = np.dtype(dtype)
         if wanted not in _SAFE:
@@ -170,5 +175,5 @@ def check_memory(needed: int, what: str) -> None:
     """Raise before allocating what cannot fit."""
     available = available_memory()
     if available is not None and needed > available:
-        raise OutOfMemoryError(f"{what} needs {needed:,} bytes, {available:,} are available; pass out= with a numpy.memmap "
-                               "(numpy.lib.format.open_memmap), use dtype=numpy.float32, or fewer points")  # fmt: skip
+        raise OutOfMemoryError(f"{what} needs {needed:,} bytes, {available:,} are available; pass out= with a "
+                               "numpy.memmap (numpy.lib.format.open_memmap), use dtype=numpy.float32, or fewer points")  # fmt: skip

@@ -190,7 +190,8 @@ def uniform_table(activation: Activation, variance: float, tolerance: float) -> 
 def panel_table(activation: Activation, low: float, high: float, tolerance: float) -> Table:
     """The table for variances between `low` and `high`: a_k as Chebyshev series in sqrt(A), panel by panel."""
     low, high = float(np.sqrt(low)), float(np.sqrt(high))
-    # One panel an octave: a_1 ~ sqrt(A) keeps its relative accuracy on each. Below 2^-40 of the largest only the absolute one.
+    # One panel an octave: a_1 ~ sqrt(A) keeps its relative accuracy on each. Rows below 2^-40 of
+    # the largest keep the absolute one only.
     first = max(low, high * 2.0**-40)
     count = max(1, int(np.ceil(np.log2(high / first) - 1e-9)))
     edges = first * (high / first) ** (np.arange(count + 1) / count)

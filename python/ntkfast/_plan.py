@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from ntkfast import _core, _hermite
 from ntkfast.activation import Activation
-from ntkfast.network import Coefficients, Network
+from ntkfast.layers import Coefficients
+from ntkfast.network import Network
 
 Array = NDArray[np.float64]
 
@@ -97,7 +98,7 @@ class _Unit:
 
 
 def _kappa(rho: float, e: float) -> float:
-    """Q / A of a homogeneous activation with slope e for u < 0, at correlation rho (float accuracy: only for ranges)."""
+    """Q / A of a homogeneous activation with slope e for u < 0, at correlation rho (float: only for ranges)."""
     theta = math.acos(max(-1.0, min(1.0, rho)))
     area = (math.sin(theta) - theta * math.cos(theta)) / math.pi
     return 0.5 * (1 + e * e) * rho + 0.5 * (1 - e) ** 2 * area

@@ -94,8 +94,10 @@ def side_of(job: Job) -> int:
 
 def _direct(out: Any, dtype: np.dtype[Any]) -> bool:
     """True if the compiled kernels can write into `out` themselves."""
-    return (isinstance(out, np.ndarray) and out.dtype == dtype and out.flags.writeable and out.flags.aligned
-            and out.strides[-1] == out.itemsize and out.strides[-2] > 0 and out.strides[-2] % out.itemsize == 0)  # fmt: skip
+    if not isinstance(out, np.ndarray) or out.dtype != dtype or not out.flags.writeable or not out.flags.aligned:
+        return False
+    row, item = out.strides[-2:]
+    return item == out.itemsize and row > 0 and row % out.itemsize == 0
 
 
 def product(x: Array, y: Array, out: Array) -> None:
@@ -165,7 +167,7 @@ class _Progress:
         """Count pairs that are done."""
         self.done += entries
         if self.bar is not None:
-            self.bar.update(100.0 * entries / self.total)
+            self.bar.update(min(100.0 * entries / self.total, 100.0 - self.bar.n))
         elif self.wanted and time.monotonic() - self.shown > 5:
             self.shown = time.monotonic()
             left = (self.shown - self.start) * (self.total / self.done - 1)

@@ -135,7 +135,7 @@ class Activation:
         if self.function is not None:
             return f"Activation.from_function({self.name})"
         if self.name == "leaky_relu":
-            return f"Activation.leaky_relu({self.slope:g})"
+            return f"Activation.leaky_relu({self.slope!r})"
         return f"Activation({self.name!r})"
 
 

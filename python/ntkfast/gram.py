@@ -128,6 +128,11 @@ def _check_kinds(get: Any) -> tuple[str, ...]:
     return kinds
 
 
+def _overlap(a: Array, b: Array) -> bool:
+    """True if the arrays share memory; interleaved views do not."""
+    return np.may_share_memory(a, b) and np.shares_memory(a, b)
+
+
 def _allocate(
     out: Any, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any], names: Sequence[str], inputs: Sequence[Array]
 ) -> list[Any]:
@@ -147,10 +152,10 @@ def _allocate(
         if isinstance(array, np.ndarray):
             if not array.flags.writeable:
                 raise ValueError(f"out= for {name} is read-only")
-            if any(np.may_share_memory(array, x) for x in inputs):
+            if any(_overlap(array, x) for x in inputs):
                 raise ValueError(f"out= for {name} overlaps an input")
     arrays = [a for a in outs if isinstance(a, np.ndarray)]
-    if any(np.may_share_memory(a, b) for k, a in enumerate(arrays) for b in arrays[:k]):
+    if any(_overlap(a, b) for k, a in enumerate(arrays) for b in arrays[:k]):
         raise ValueError("the arrays of out= overlap each other")
     return outs
 
@@ -197,8 +202,8 @@ def gram(
     Y : array, shape (m, d), optional
         Other points. ``None`` means X: half the work, an exactly symmetric result, an exact diagonal.
     get : str or tuple of str
-        ``"ntk"``: tangent kernel; ``"nngp"``: covariance of the output at initialisation; ``"last_hidden"``: Gram of the
-        last inner matrix (K_def of Du et al.). A tuple gives a named tuple of matrices.
+        ``"ntk"``: tangent kernel; ``"nngp"``: covariance of the output at initialisation; ``"last_hidden"``: Gram of
+        the last inner matrix (K_def of Du et al.). A tuple gives a named tuple of matrices.
     normalize : bool
         K_ij / sqrt(K_ii K_jj) (0 where the diagonal is 0), from a scaled recursion that does not overflow with depth.
     device : None or "cpu"
@@ -219,8 +224,8 @@ def gram(
     TypeError
         dtype that is not real (float16 and complex included), X and Y of different dtypes.
     ValueError
-        Wrong shape, entries not finite (names the first bad row), unknown ``get``; a Hermite expansion that does not reach
-        its tolerance.
+        Wrong shape, entries not finite (names the first bad row), unknown ``get``; a Hermite expansion that does not
+        reach its tolerance.
     OverflowError
         The result does not fit in its dtype; ``normalize=True`` may.
     OutOfMemoryError
@@ -229,16 +234,16 @@ def gram(
     Notes
     -----
     Formulas: Du et al. (arXiv 1811.03804) sections 5 and 6, Huang et al. (2002.06262) equation (3), Frei, Cao, Gu
-    (1910.02934); :mod:`ntkfast.reference` repeats them line by line. Angles between close and between opposite points come
-    from differences and sums. The cost is at most about three products X X^T more if all pairs are close.
+    (1910.02934); :mod:`ntkfast.reference` repeats them line by line. Angles between close and between opposite points
+    come from differences and sums. The cost is at most about three products X X^T more if all pairs are close.
 
     Examples
     --------
     >>> import numpy as np, ntkfast as nf
     >>> X = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 0.0]])
     >>> nf.gram(nf.fully_connected(depth=2), X).round(4)
-    array([[3.    , 1.9079, 0.    ],
-           [1.9079, 3.    , 0.    ],
+    array([[3.    , 1.5444, 0.    ],
+           [1.5444, 3.    , 0.    ],
            [0.    , 0.    , 0.    ]])
     >>> ntk, nngp = nf.gram(nf.resnet(depth=3, activation="erf"), X, get=("ntk", "nngp"))
     """
@@ -252,8 +257,11 @@ def gram(
     outs = _allocate(out, [problem.shape] * len(kinds), problem.dtype, kinds, [problem.x.rows, problem.y.rows])
 
     def outputs(tile: Tile, rows: slice, views: list[Array], mirrors: list[Array | None]) -> tuple[list[Any], Any]:
-        return [(view, mirror, mix.as_list(), f[rows], g[tile.cols], h[rows], k[tile.cols])
-                for view, mirror, mix, (f, h, _), (g, k, _) in zip(views, mirrors, mixes, left, right, strict=True)], None  # fmt: skip
+        sides = zip(views, mirrors, mixes, left, right, strict=True)
+        return [
+            (view, mirror, mix.as_list(), f[rows], g[tile.cols], h[rows], k[tile.cols])
+            for view, mirror, mix, (f, h, _), (g, k, _) in sides
+        ], None
 
     run(Job(problem.x.rows, problem.y.rows, tuple(outs), problem.symmetric, _epilogue(problem, outputs),
             problem.nanoseconds, progress))  # fmt: skip
@@ -290,8 +298,9 @@ def layer_grams(
     Returns
     -------
     array, shape (P, n, m)
-        In network order (:attr:`Network.slices` names them): every layer's W, after it V (Bottleneck), the readout last. A
-        bias is added to the slice of its matrix; every slice includes the readout's variance; frozen matrices have none.
+        In network order (:attr:`Network.slices` names them): every layer's W, after it V (Bottleneck), the readout last.
+        A bias is added to the slice of its matrix; every slice includes the readout's variance; frozen matrices have
+        none.
 
     Raises
     ------
@@ -353,6 +362,8 @@ def diagonal(net: Network, X: Any, *, get: str = "ntk", dtype: Any = None) -> An
     >>> nf.diagonal(nf.fully_connected(depth=3), 2 * np.eye(2))
     array([16., 16.])
     """
+    if not isinstance(get, str):
+        raise ValueError(f"diagonal takes one kind, got get={get!r}; use one of {', '.join(KINDS)}")
     (kind,) = _check_kinds(get)
     problem = _Problem(net, X, None, dtype, None)
     values = _factors(problem, kind, mix_of(net, kind), problem.x, "X", False)[2]
@@ -367,8 +378,8 @@ def plan(net: Network, X: Any) -> str:
     out = np.empty((0, 0), dtype=problem.dtype)
     side = min(n, side_of(Job(problem.x.rows, problem.x.rows, (out,), True, lambda *_: None, 1.0)))
     if compiled.prefix_only:
-        why = (f"recursion on correlations: {compiled.layers} layers without biases, positively homogeneous activations, "
-               "norms factor out")  # fmt: skip
+        why = (f"recursion on correlations: {compiled.layers} layers without biases, positively homogeneous "
+               "activations, norms factor out")  # fmt: skip
     else:
         head = f"{compiled.layers} on correlations, then " if compiled.layers else ""
         why = (f"recursion: {head}{compiled.suffix_layers} layers on half squared distances in float64 (biases, or "

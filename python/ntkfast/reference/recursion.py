@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkfast.network import Bottleneck, Dense, HalvedLayer, Layer, Linear, Network, Residual
+from ntkfast.layers import Bottleneck, Dense, HalvedLayer, Layer, Linear, Residual
+from ntkfast.network import Network
 from ntkfast.reference.duals import c_sigma, expectations, mean
 
 Array = NDArray[np.float64]
