@@ -85,8 +85,7 @@ def check_all_angles(net: Network, single: bool, isa: str, norms: tuple[float, f
         value = np.array([float(v) for v in wanted])
         scale = np.maximum(np.abs(value), 0.1 * np.abs(value).max())
         # Covariances of points of different length know their correlation to eps S_ii/S_ij.
-        ratio = 0.5 * (norms[0] / norms[1] + norms[1] / norms[0])
-        check(got, value, ratio * PROMISE[single] * scale)
+        check(got, value, PROMISE[single] * scale)
         if norms == (1.0, 1.0):  # normalised: of equal norms by the value at angle 0, the first
             value = np.array([float(v / wanted[0]) for v in wanted])
             check(got / got[0], value, PROMISE[single] * np.maximum(np.abs(value), 0.1))

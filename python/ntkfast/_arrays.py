@@ -175,5 +175,7 @@ def check_memory(needed: int, what: str) -> None:
     """Raise before allocating what cannot fit."""
     available = available_memory()
     if available is not None and needed > available:
-        raise OutOfMemoryError(f"{what} needs {needed:,} bytes, {available:,} are available; pass out= with a "
-                               "numpy.memmap (numpy.lib.format.open_memmap), use dtype=numpy.float32, or fewer points")  # fmt: skip
+        raise OutOfMemoryError(
+            f"{what} needs {needed:,} bytes, {available:,} are available; pass out= with a numpy.memmap "
+            "(numpy.lib.format.open_memmap), use dtype=numpy.float32, or fewer points"
+        )

@@ -298,9 +298,9 @@ def layer_grams(
     Returns
     -------
     array, shape (P, n, m)
-        In network order (:attr:`Network.slices` names them): every layer's W, after it V (Bottleneck), the readout last.
-        A bias is added to the slice of its matrix; every slice includes the readout's variance; frozen matrices have
-        none.
+        In network order (:attr:`Network.slices` names them): every layer's W, after it V (Bottleneck), the readout
+        last. A bias is added to the slice of its matrix; every slice includes the readout's variance; frozen
+        matrices have none.
 
     Raises
     ------
