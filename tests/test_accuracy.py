@@ -83,8 +83,13 @@ def check_all_angles(net: Network, single: bool, isa: str, norms: tuple[float, f
         wanted = [getattr(k, kind) for k in exact(net, *norms)]
         got = computed(net, kind, single, isa, *norms)
         value = np.array([float(v) for v in wanted])
-        scale = np.maximum(np.abs(value), 0.1 * np.abs(value).max())
-        # Covariances of points of different length know their correlation to eps S_ii/S_ij.
+        largest = np.abs(value).max()
+        if norms[0] != norms[1]:
+            # Biases leave few angles between points of very different length: the scale is sqrt(K_ii K_jj), which the
+            # values, all of them small if D is near 0 there, do not show.
+            alike = [float(getattr(oracle.pair(net, n, n, t=0), kind)) for n in norms]
+            largest = max(largest, np.sqrt(alike[0] * alike[1]))
+        scale = np.maximum(np.abs(value), 0.1 * largest)
         check(got, value, PROMISE[single] * scale)
         if norms == (1.0, 1.0):  # normalised: of equal norms by the value at angle 0, the first
             value = np.array([float(v / wanted[0]) for v in wanted])
