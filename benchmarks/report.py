@@ -62,9 +62,9 @@ def grams(rows: list[Row]) -> str:
 def kernels(rows: list[Row]) -> str:
     """Rows of ntkfast._bench.kernel_rows."""
     depths = list(rows[0]["whole"])
-    body = [[row["family"], row["dtype"], f"{row['per_layer']:.2f}", *(f"{row['whole'][d][1]:.2f}" for d in depths)]
+    body = [[row["family"], row["dtype"], f"{row['per_layer'][1]:.2f}", *(f"{row['whole'][d][1]:.2f}" for d in depths)]
             for row in rows]  # fmt: skip
-    return table(["ns per entry and layer, one core, in cache", "dtype", "one more layer",
+    return table(["CPU ns per entry and layer, one core, in cache", "dtype", "one more layer",
                   *(f"whole, depth {d}" for d in depths)], body)  # fmt: skip
 
 

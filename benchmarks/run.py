@@ -74,7 +74,7 @@ def measure_kernels(report: Report, quick: bool) -> None:
     report["kernels"] = _bench.kernels_on_one_core(*((10, 1) if quick else (60, None)))
     for dtype, limit in (("float64", 1.1), ("float32", 0.4)):
         row = next(r for r in report["kernels"] if r["family"] == "fully connected" and r["dtype"] == dtype)
-        add_target(report, f"recursion, {dtype}, one more layer", row["per_layer"], limit, "ns per entry and core")
+        add_target(report, f"recursion, {dtype}, one more layer", row["per_layer"][1], limit, "ns per entry and core")
         add_target(report, f"recursion, {dtype}, depth 10 with correlations and results, per layer",
                    row["whole"]["10"][1], limit, "ns per entry and core")  # fmt: skip
 

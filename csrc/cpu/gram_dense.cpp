@@ -120,6 +120,27 @@ void mix_row(const Plan& plan, const Mix& m, const Scratch<T>& s, int i, int col
         for (int j = 0; j < cols; ++j) value[j] += m.last * double(s.block.last[at + j]);
 }
 
+// A store past the caches: a mirrored block touches 128 rows of the result far apart, whose old contents would only be
+// fetched to be overwritten.
+#ifdef __x86_64__
+void stream(double* to, double value) {
+    long long b;
+    __builtin_memcpy(&b, &value, sizeof b);
+    __builtin_ia32_movnti64(reinterpret_cast<long long*>(to), b);
+}
+void stream(float* to, float value) {
+    int b;
+    __builtin_memcpy(&b, &value, sizeof b);
+    __builtin_ia32_movnti(reinterpret_cast<int*>(to), b);
+}
+// Streamed stores of this thread become visible to the others.
+void finish_streams() { __builtin_ia32_sfence(); }
+#else
+template <class T>
+void stream(T* to, T value) { *to = value; }
+void finish_streams() {}
+#endif
+
 // The block of results goes to out (row by row) and, transposed, to the mirror. On a tile of the diagonal only pairs above
 // it are written; `below` is the column, relative to the block, of the first row's own point (INT64_MIN: no such tile).
 template <class T>
@@ -134,7 +155,7 @@ void write_block(const T* result, int rows, int cols, std::int64_t below, T* out
     for (int j = 0; j < cols; ++j) {
         const std::int64_t above = triangle ? j - below : rows;  // rows above the diagonal in column j
         const int last = above > rows ? rows : int(above);
-        for (int i = 0; i < last; ++i) mirror[j * mirror_stride + i] = result[i * kCols + j];
+        for (int i = 0; i < last; ++i) stream(mirror + j * mirror_stride + i, result[i * kCols + j]);
     }
 }
 
@@ -273,6 +294,7 @@ void tile(const Plan& plan, const Tile& t) {
                 const std::int64_t j0 = column * kCols + (start > 0 ? start : 0);
                 if (j0 < t.cols) block<T>(plan, t, i0, j0, most, *scratch.data, own);
             }
+        finish_streams();
     }
 }
 

@@ -207,25 +207,25 @@ def _tile_call(net: Network, dtype: str, unit: bool) -> Callable[[], object]:
 
 
 def kernel_rows(samples: int, families: int | None = None) -> list[dict[str, Any]]:
-    """ns per entry and layer of the recursion alone, cache-resident, on the threads this process has."""
+    """CPU time in ns per entry and layer of the recursion alone, data in cache; needs a process with one thread."""
     found, entries = [], _TILE[0] * _TILE[1]
     for name, build, unit in _families()[:families]:
         for dtype in ("float64", "float32"):
             calls = {depth: _tile_call(build(depth), dtype, unit) for depth in _DEPTHS}
             cost: dict[int, list[float]] = {depth: [] for depth in _DEPTHS}
-            for _ in range(samples):
+            for sample in range(-1, samples):
                 for depth, call in calls.items():
-                    # Short samples: most of them fall between two interruptions of a shared machine.
-                    count, start = max(1, 60 // depth), time.perf_counter()
+                    # The thread's own clock, as others may run on this core; and short samples in turns.
+                    count, start = max(1, 60 // depth), time.thread_time()
                     for _ in range(count):
                         call()
-                    cost[depth].append(1e9 * (time.perf_counter() - start) / (count * entries))
-            median = {depth: quartiles(values) for depth, values in cost.items()}
+                    if sample >= 0:
+                        cost[depth].append(1e9 * (time.thread_time() - start) / (count * entries))
             low, high = _DEPTHS[-2:]
             found.append({
                 "family": name, "dtype": dtype, "threads": _core.threads(),
-                "per_layer": (median[high][1] - median[low][1]) / (high - low),
-                "whole": {str(depth): [v / depth for v in median[depth]] for depth in _DEPTHS},
+                "per_layer": quartiles((np.array(cost[high]) - np.array(cost[low])) / (high - low)),
+                "whole": {str(depth): [v / depth for v in quartiles(cost[depth])] for depth in _DEPTHS},
             })  # fmt: skip
     return found
 
@@ -297,7 +297,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 def kernel_cells(row: Mapping[str, Any]) -> list[str]:
     """A row of `kernel_rows` as text."""
     whole = [f"{row['whole'][str(depth)][1]:.2f}" for depth in _DEPTHS]
-    return [row["family"], row["dtype"], f"{row['per_layer']:.2f}", *whole]
+    return [row["family"], row["dtype"], f"{row['per_layer'][1]:.2f}", *whole]
 
 
 KERNEL_HEAD = ("compiled kernel alone", "dtype", "one more layer", *(f"depth {d}" for d in _DEPTHS))
@@ -316,7 +316,7 @@ _NOTES = """\
 GFLOP/s    2 n^2 d / time: the rate NumPy would need for its product to take as long as the whole kernel
 ns*        time beyond the products of gram's own tiles, per pair i <= j, layer and thread
 max error  against ntkfast.reference on a sample of rows: |K - K_ref| / max(|K_ref|, 0.1 max |K_ref|)"""
-_KERNEL_NOTE = "ns per entry and layer, one thread, data in cache; the depth columns include correlations and results"
+_KERNEL_NOTE = "CPU ns per entry and layer, one thread, data in cache; depth columns include correlations and results"
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:

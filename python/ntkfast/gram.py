@@ -235,7 +235,8 @@ def gram(
     -----
     Formulas: Du et al. (arXiv 1811.03804) sections 5 and 6, Huang et al. (2002.06262) equation (3), Frei, Cao, Gu
     (1910.02934); :mod:`ntkfast.reference` repeats them line by line. Angles between close and between opposite points
-    come from differences and sums. The cost is at most about three products X X^T more if all pairs are close.
+    come from differences and sums. If all pairs are close that costs about two (float32: five)
+    more products X X^T.
 
     Examples
     --------
