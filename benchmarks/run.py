@@ -56,16 +56,33 @@ def add_target(
                               "measured": measured, "verdict": verdict})  # fmt: skip
 
 
+_ONE_THREAD = """
+import json, sys, time
+sys.path.insert(0, {here!r})
+import cases
+from ntkfast import _bench
+print(json.dumps([_bench.measure(case, {rounds}, time.thread_time) for case in cases.whole({n}, {d})]))
+"""
+
+
 def measure_gram(report: Report, quick: bool) -> None:
-    """Gram matrices against X @ X.T at the size the targets name."""
+    """Gram matrices against X @ X.T at the size the targets name; then the CPU time of one thread, immune to others."""
     size = {"n": 1024, "d": 784} if quick else cases.LARGE
-    plain = cases.deep(3, **size)
-    gelu = _bench.Case(cases.GELU.name, cases.GELU.network, **size, rows="unit")
-    for case, limit in ((plain, 1.5), (gelu, 3.0)):
+    for case, limit in zip(cases.whole(**size), (1.5, 3.0), strict=True):
         note(case.name)
         row = _bench.measure(case, 5 if quick else 21)
-        report["gram"].append(row)
+        report["gram"].append(row | {"clock": "wall"})
         add_target(report, f"{case.name}, float64, over X @ X.T", row["ratio"][1], limit, "")
+    note("one thread")
+    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"), "1")
+    code = _ONE_THREAD.format(here=str(HERE), rounds=3 if quick else 11, **size)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | one, check=True, capture_output=True, text=True
+    )
+    for row, limit in zip(json.loads(done.stdout), (1.5, 3.0), strict=True):
+        report["gram"].append(row | {"clock": "CPU, one thread"})
+        name = f"{row['case']}, float64, over X @ X.T, CPU time of one thread"
+        add_target(report, name, row["ratio"][1], limit, "")
 
 
 def measure_kernels(report: Report, quick: bool) -> None:
@@ -239,17 +256,18 @@ def main(argv: list[str]) -> int:
     measures = {"gram": measure_gram, "kernels": measure_kernels, "rivals": measure_rivals, "close": measure_close,
                 "process": measure_process, "table": measure_table}  # fmt: skip
     # The rivals come last: JAX and TensorFlow bring threads of their own.
+    default = None if options.only or options.quick else HERE / "results" / f"{slug(report['machine']['cpu'])}.json"
+    path = options.out or default
     for section in sorted(options.only or SECTIONS, key=lambda name: name == "rivals"):
         before = os.getloadavg()[0]
         measures[section](report, options.quick)
         report.setdefault("load", {})[section] = [round(before, 2), round(os.getloadavg()[0], 2)]
+        if path:  # after every section: an interrupted run leaves what it has
+            Path(path).write_text(json.dumps(report, indent=1) + "\n")
     for target in report["targets"]:
         value = "-" if target["measured"] is None else f"{target['measured']:.3g}"
         print(f"{target['verdict']:12}  {value:>8}  {target['limit']:32}  {target['target']}")
     print(f"{_bench.machine_line(report['machine'])}; {time.perf_counter() - begin:.0f} s")
-    default = None if options.only or options.quick else HERE / "results" / f"{slug(report['machine']['cpu'])}.json"
-    if path := options.out or default:
-        Path(path).write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

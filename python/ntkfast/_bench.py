@@ -43,6 +43,8 @@ _CLOSE = 5e-5
 _TILE = (64, 512)
 #: Depths of the kernel rows: the slope between the last two is what one more layer costs.
 _DEPTHS = (3, 10, 34)
+#: Longest time for one of the kernel rows.
+_KERNEL_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
@@ -98,17 +100,19 @@ def standard_cases(quick: bool) -> list[Case]:
             large("fully_connected(3, tanh), unit rows", fully_connected(3, "tanh"), rows="unit")]  # fmt: skip
 
 
-def interleave(calls: Calls, rounds: int | None = None, seconds: float = 8.0) -> dict[str, Array]:
-    """Wall seconds of every call, (rounds,), taken in turns after one round that does not count."""
+def interleave(
+    calls: Calls, rounds: int | None = None, seconds: float = 8.0, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Array]:
+    """Seconds of every call, (rounds,), taken in turns after one round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     done, start = -1, time.perf_counter()
     while True:
         for name, call in calls.items():
             time.sleep(_PAUSE)
-            begin = time.perf_counter()
+            begin = clock()
             call()
             if done >= 0:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(clock() - begin)
         done += 1
         enough = (done >= 5 and time.perf_counter() - start > seconds) or done >= 25
         if done == rounds or (rounds is None and enough):
@@ -150,7 +154,7 @@ def tiled_product(x: Array) -> Callable[[], object]:
     return lambda: run(Job(x, x, (out,), True, lambda *_: None, 1.0))
 
 
-def measure(case: Case, rounds: int | None = None) -> dict[str, Any]:
+def measure(case: Case, rounds: int | None = None, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
     """One row: check, then time gram, NumPy's products, and the products of gram's own tiles in turns."""
     x = case.points()
     out = np.empty((case.n, case.n), dtype=case.dtype)
@@ -158,7 +162,7 @@ def measure(case: Case, rounds: int | None = None) -> dict[str, Any]:
                                               "tiles": tiled_product(x)}  # fmt: skip
     calls["gram"]()
     error = check(case.name, max_error(case.network, x, out), case.dtype)
-    times = interleave(calls, rounds)
+    times = interleave(calls, rounds, clock=clock)
     best = min(("X @ X.T", "X @ X.copy().T"), key=lambda name: float(np.median(times[name])))
     median = float(np.median(times["gram"]))
     steps = case.pairs * len(case.network.layers)
@@ -213,7 +217,10 @@ def kernel_rows(samples: int, families: int | None = None) -> list[dict[str, Any
         for dtype in ("float64", "float32"):
             calls = {depth: _tile_call(build(depth), dtype, unit) for depth in _DEPTHS}
             cost: dict[int, list[float]] = {depth: [] for depth in _DEPTHS}
+            begin = time.perf_counter()
             for sample in range(-1, samples):
+                if sample > 4 and time.perf_counter() - begin > _KERNEL_SECONDS:
+                    break
                 for depth, call in calls.items():
                     # The thread's own clock, as others may run on this core; and short samples in turns.
                     count, start = max(1, 60 // depth), time.thread_time()
