@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <limits>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -29,6 +30,11 @@ const ntk::Kernels& kernels(const std::string& isa) {
 
 void require(bool condition, const char* what) {
     if (!condition) throw std::invalid_argument(what);
+}
+
+// MemoryError in Python; also without the GIL.
+void enough(bool memory) {
+    if (!memory) throw std::bad_alloc();
 }
 
 const double* vector_of(const Doubles& a, py::ssize_t n) {
@@ -180,7 +186,7 @@ void tile(const PlanHolder& plan, const py::array& products, const py::tuple& i,
     require(t.n_outputs > 0 || t.slices.data, "nothing to compute");
     const ntk::Kernels& k = ntk::kernels();
     py::gil_scoped_release release;
-    (k0.single ? k.tile32 : k.tile64)(plan.plan(), t);
+    enough((k0.single ? k.tile32 : k.tile64)(plan.plan(), t));
 }
 
 // theta Theta + cov S + mean b_i b_j + last G for single pairs, (n,) float64; without norms if the plan has no suffix.
@@ -192,7 +198,7 @@ Doubles pairs(const PlanHolder& plan, const Doubles& x, const Doubles& s, const 
                  mix[0], mix[1], mix[2], mix[3]};
     const ntk::Kernels& k = kernels(isa);
     py::gil_scoped_release release;
-    (single ? k.pairs32 : k.pairs64)(plan.plan(), p);
+    enough((single ? k.pairs32 : k.pairs64)(plan.plan(), p));
     return out;
 }
 
@@ -214,7 +220,7 @@ py::tuple rows(const PlanHolder& plan, int layer, const Doubles& var, const Doub
     Doubles v(n), b(n), q(n);
     std::copy(var.data(), var.data() + n, v.mutable_data());
     std::copy(mean.data(), mean.data() + n, b.mutable_data());
-    ntk::kernels().rows(plan.layer(layer), plan.tables(), n, v.mutable_data(), b.mutable_data(), q.mutable_data());
+    enough(ntk::kernels().rows(plan.layer(layer), plan.tables(), n, v.mutable_data(), b.mutable_data(), q.mutable_data()));
     return py::make_tuple(v, b, q);
 }
 
@@ -240,8 +246,8 @@ py::tuple dual(const PlanHolder& plan, int layer, const Doubles& a, const Double
                const std::string& isa) {
     const py::ssize_t n = a.shape(0);
     Doubles w(n), d(n), side(n);
-    kernels(isa).dual(plan.layer(layer), plan.tables(), n, vector_of(a, n), vector_of(b, n), vector_of(x, n), vector_of(s, n),
-                      w.mutable_data(), d.mutable_data(), side.mutable_data());
+    enough(kernels(isa).dual(plan.layer(layer), plan.tables(), n, vector_of(a, n), vector_of(b, n), vector_of(x, n), vector_of(s, n),
+                      w.mutable_data(), d.mutable_data(), side.mutable_data()));
     return py::make_tuple(w, d, side);
 }
 

@@ -26,7 +26,7 @@ NTK_INLINE void put_row(RowArrays& a, int k, const RowNumbers& r) {
 struct GeneralArrays {
     double x[kBlock], s[kBlock], theta[kBlock];     // state
     double lx[kCols], ls[kCols];                    // of one row: correlation of the pre-activations
-    double w[kCols], d[kCols], side[kCols], q[kCols];  // of one row: expectations (PairNumbers)
+    double w[kCols], d[kCols], side[kCols], q[kCols], gap[kCols];  // of one row: expectations (PairNumbers)
     double e[4][kCols];                             // Hermite sums
 };
 
@@ -50,7 +50,8 @@ static void hermite_rows(const HermiteTable& t, const GeneralLayer& l, RowArrays
             int panel = 0;
             while (panel + 1 < t.panels && r.root > t.edges[panel + 1]) ++panel;
             const double low = t.edges[panel], high = t.edges[panel + 1];
-            const double y = (2.0 * r.root - low - high) / (high - low);
+            const double ratio = (2.0 * r.root - low - high) / (high - low);
+            const double y = ratio > 1.0 ? 1.0 : at_least(ratio, -1.0);  // rounding of the variance
             const double* c = t.coefficients + std::int64_t(panel) * terms * t.order;
             r.q = 0.0;
             for (int m = 0; m < terms; ++m, c += t.order) {
@@ -111,7 +112,7 @@ template <bool ELEMENTWISE, class Activation>
 NTK_INLINE void expect_pair(const Activation& act, const RowArrays& ri, const RowArrays& rj, int i, int k,
                             GeneralArrays& g) {
     const PairNumbers u = act.pair(row_numbers(ri, ELEMENTWISE ? k : i), row_numbers(rj, k), g.lx[k], g.ls[k]);
-    g.w[k] = u.w, g.d[k] = u.d, g.side[k] = u.side, g.q[k] = u.q;
+    g.w[k] = u.w, g.d[k] = u.d, g.side[k] = u.side, g.q[k] = u.q, g.gap[k] = u.gap;
 }
 template <bool ELEMENTWISE, class Activation>
 static void expect(const Activation& act, const RowArrays& ri, const RowArrays& rj, int i, int n, GeneralArrays& g) {
@@ -142,7 +143,7 @@ static void expect_uniform(const HermiteTable& t, int n, GeneralArrays& g) {
     for (int k = 0; k < n; ++k) {
         const double side = t.odds == 0 ? 1.0 : g.ls[k];
         const PairNumbers p = hermite_pair(g.lx[k], g.ls[k], side, g.e[0][k], g.e[1][k], g.e[2][k], g.e[3][k], t.even_sum, t.odd_sum);
-        g.w[k] = p.w, g.d[k] = p.d, g.side[k] = p.side, g.q[k] = p.q;
+        g.w[k] = p.w, g.d[k] = p.d, g.side[k] = p.side, g.q[k] = p.q, g.gap[k] = p.gap;
     }
 }
 
@@ -166,7 +167,7 @@ static void hermite_terms(int i, int n, int terms, const double* ai, const doubl
 }
 template <bool ELEMENTWISE>
 static void expect_hermite(const HermiteTable& t, const RowArrays& ri, const RowArrays& rj, int i, int n, GeneralArrays& g) {
-    for (int k = 0; k < n; ++k) g.w[k] = g.q[k] = 0.0, g.side[k] = t.odds == 0 ? 1.0 : g.ls[k];
+    for (int k = 0; k < n; ++k) g.w[k] = g.q[k] = 0.0, g.gap[k] = -1.0, g.side[k] = t.odds == 0 ? 1.0 : g.ls[k];
     hermite_terms<true, ELEMENTWISE>(i, n, t.evens, ri.hermite, rj.hermite, g);
     for (int k = 0; k < n; ++k) g.e[2][k] = g.d[k] * g.ls[k] * (1.0 - g.lx[k]);
     const std::int64_t skip = std::int64_t(t.evens) * kCols;
@@ -200,7 +201,7 @@ NTK_INLINE void general_pair(const GeneralLayer& l, const RowArrays& ri, const R
                              double* s, double* theta, const GeneralArrays& g, double* terms) {
     const int r = ELEMENTWISE ? k : i;
     GeneralState p{x[k], s[k], theta[k]};
-    const GeneralTerms t = general_step(l, p, {g.w[k], g.d[k], g.side[k], g.q[k]}, row_numbers(ri, r), row_numbers(rj, k),
+    const GeneralTerms t = general_step(l, p, {g.w[k], g.d[k], g.side[k], g.q[k], g.gap[k]}, row_numbers(ri, r), row_numbers(rj, k),
                                         point_state(ri, r), point_state(rj, k));
     x[k] = p.x, s[k] = p.s, theta[k] = p.theta;
     terms[k] = t.own_w, terms[k + kCols] = t.own_b, terms[k + 2 * kCols] = t.own_v, terms[k + 3 * kCols] = t.factor;

@@ -31,10 +31,12 @@ struct Scratch {
 template <class T>
 struct Buffer {
     T* data;
-    __attribute__((always_inline)) inline explicit Buffer(std::size_t count) : data(nullptr) {
+    bool empty;
+    __attribute__((always_inline)) inline explicit Buffer(std::size_t count) : data(nullptr), empty(count == 0) {
         if (count) data = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
     }
     __attribute__((always_inline)) inline ~Buffer() { std::free(data); }
+    __attribute__((always_inline)) inline bool ready() const { return data || empty; }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
 };
@@ -105,9 +107,14 @@ template <class T>
 void mix_row(const Plan& plan, const Mix& m, const Scratch<T>& s, int i, int cols, bool elementwise, double* value) {
     const int at = i * kCols;
     if (plan.n_suffix) {
-        for (int j = 0; j < cols; ++j)
-            value[j] = m.theta * s.general.theta[at + j] + m.cov * s.cov[at + j] + m.last * s.last[at + j] +
-                       m.mean * s.ri.mean[elementwise ? j : i] * s.rj.mean[j];
+        // Only what is asked for: Theta may be infinite where the covariance is not.
+        for (int j = 0; j < cols; ++j) value[j] = m.mean * s.ri.mean[elementwise ? j : i] * s.rj.mean[j];
+        if (m.theta != 0.0)
+            for (int j = 0; j < cols; ++j) value[j] += m.theta * s.general.theta[at + j];
+        if (m.cov != 0.0)
+            for (int j = 0; j < cols; ++j) value[j] += m.cov * s.cov[at + j];
+        if (m.last != 0.0)
+            for (int j = 0; j < cols; ++j) value[j] += m.last * s.last[at + j];
         return;
     }
     const double mean = m.mean * plan.beta * plan.beta / plan.nu;
@@ -270,8 +277,10 @@ int rows_of_block(const Plan& plan, const Tile& t) {
     return rows;
 }
 
+// False if memory ran out (of a thread: the others finish what they have).
 template <class T>
-void tile(const Plan& plan, const Tile& t) {
+bool tile(const Plan& plan, const Tile& t) {
+    bool failed = false;
     const bool slices = t.slices.data != nullptr;
     const int most = rows_of_block(plan, t);
     const std::int64_t bands = (t.rows + most - 1) / most, columns = (t.cols + kCols - 1) / kCols;
@@ -284,33 +293,48 @@ void tile(const Plan& plan, const Tile& t) {
         Buffer<T> prefix(slices ? 3 * size * plan.n_prefix : 0);
         Buffer<double> suffix(slices ? 4 * size * plan.n_suffix : 0), coefficients(2 * hermite);
         const OwnTerms<T> own{prefix.data, suffix.data, std::int64_t(size)};
-        scratch.data->ri.hermite = coefficients.data;
-        scratch.data->rj.hermite = coefficients.data + hermite;
+        const bool ready = scratch.data && prefix.ready() && suffix.ready() && coefficients.ready();
+        if (ready) {
+            scratch.data->ri.hermite = coefficients.data;
+            scratch.data->rj.hermite = coefficients.data + hermite;
+        } else {
+#pragma omp atomic write
+            failed = true;
+        }
 #pragma omp for collapse(2) schedule(dynamic)
         for (std::int64_t band = 0; band < bands; ++band)
             for (std::int64_t column = 0; column < columns; ++column) {
                 const std::int64_t i0 = band * most;
                 const std::int64_t start = upper ? i0 - t.diagonal : 0;  // column of the first row's own point
                 const std::int64_t j0 = column * kCols + (start > 0 ? start : 0);
-                if (j0 < t.cols) block<T>(plan, t, i0, j0, most, *scratch.data, own);
+                if (ready && j0 < t.cols) block<T>(plan, t, i0, j0, most, *scratch.data, own);
             }
         finish_streams();
     }
+    return !failed;
 }
 
 template <class T>
-void pairs(const Plan& plan, const Pairs& p) {
+bool pairs(const Plan& plan, const Pairs& p) {
+    bool failed = false;
     const std::size_t hermite = std::size_t(hermite_terms_of(plan)) * kCols;
 #pragma omp parallel
     {
         Buffer<Scratch<T>> scratch(1);
         Buffer<double> coefficients(2 * hermite);
-        Scratch<T>& s = *scratch.data;
-        s.ri.hermite = coefficients.data;
-        s.rj.hermite = coefficients.data + hermite;
+        const bool ready = scratch.data && coefficients.ready();
+        if (ready) {
+            scratch.data->ri.hermite = coefficients.data;
+            scratch.data->rj.hermite = coefficients.data + hermite;
+        } else {
+#pragma omp atomic write
+            failed = true;
+        }
         double value[kCols];
 #pragma omp for schedule(dynamic)
         for (std::int64_t start = 0; start < p.n; start += kCols) {
+            if (!ready) continue;
+            Scratch<T>& s = *scratch.data;
             const int n = p.n - start < kCols ? int(p.n - start) : kCols;
             for (int k = 0; k < kCols; ++k) {
                 store(s.block.x, s.block.x_low, k, widen(k < n ? p.x[start + k] : 0.0, T(0)));
@@ -328,6 +352,7 @@ void pairs(const Plan& plan, const Pairs& p) {
             for (int k = 0; k < n; ++k) p.out[start + k] = value[k];
         }
     }
+    return !failed;
 }
 
 template <class T>
@@ -363,10 +388,11 @@ void squares(const T* x, std::int64_t n, std::int64_t d, std::int64_t stride, do
     }
 }
 
-void rows(const GeneralLayer& l, const HermiteTable* tables, std::int64_t n, double* var, double* mean, double* q) {
+bool rows(const GeneralLayer& l, const HermiteTable* tables, std::int64_t n, double* var, double* mean, double* q) {
     const std::size_t terms = l.table >= 0 ? std::size_t(tables[l.table].evens + tables[l.table].odds) : 0;
     Buffer<RowArrays> a(1);
     Buffer<double> coefficients(terms * kCols);
+    if (!a.data || !coefficients.ready()) return false;
     a.data->hermite = coefficients.data;
     for (std::int64_t start = 0; start < n; start += kCols) {
         const int size = n - start < kCols ? int(n - start) : kCols;
@@ -375,6 +401,7 @@ void rows(const GeneralLayer& l, const HermiteTable* tables, std::int64_t n, dou
         for (int k = 0; k < size; ++k)
             var[start + k] = a.data->next_var[k], mean[start + k] = a.data->next_mean[k], q[start + k] = a.data->q[k];
     }
+    return true;
 }
 
 template <class T, class F>
@@ -396,12 +423,13 @@ void scalar(int id, std::int64_t n, const T* x, T* out) {
     }
 }
 
-void dual(const GeneralLayer& l, const HermiteTable* tables, std::int64_t n, const double* a, const double* b,
+bool dual(const GeneralLayer& l, const HermiteTable* tables, std::int64_t n, const double* a, const double* b,
           const double* x, const double* s, double* w, double* d, double* side) {
     const std::size_t terms = l.table >= 0 ? std::size_t(tables[l.table].evens + tables[l.table].odds) : 0;
     Buffer<GeneralArrays> g(1);
     Buffer<RowArrays> r(2);
     Buffer<double> coefficients(2 * terms * kCols);
+    if (!g.data || !r.data || !coefficients.ready()) return false;
     r.data[0].hermite = coefficients.data;
     r.data[1].hermite = coefficients.data + terms * kCols;
     for (std::int64_t start = 0; start < n; start += kCols) {
@@ -416,6 +444,7 @@ void dual(const GeneralLayer& l, const HermiteTable* tables, std::int64_t n, con
         expectations<true>(l, tables, r.data[0], r.data[1], 0, kCols, *g.data);
         for (int k = 0; k < size; ++k) w[start + k] = g.data->w[k], d[start + k] = g.data->d[k], side[start + k] = g.data->side[k];
     }
+    return true;
 }
 
 }  // namespace

@@ -73,21 +73,22 @@ struct Pairs {
 // Element-wise functions of csrc/math for the tests.
 enum ScalarId { kTheta0, kTheta1, kTheta2, kArea0, kArea1, kArea2, kExpId, kExpm1Id };
 
+// Functions that need memory of their own return false if there is none.
 struct Kernels {
     const char* isa;
-    void (*tile64)(const Plan&, const Tile&);
-    void (*tile32)(const Plan&, const Tile&);
-    void (*pairs64)(const Plan&, const Pairs&);
-    void (*pairs32)(const Plan&, const Pairs&);
-    // norms[i] = sum_k x[i,k]^2, each as if in twice the precision
+    bool (*tile64)(const Plan&, const Tile&);
+    bool (*tile32)(const Plan&, const Tile&);
+    bool (*pairs64)(const Plan&, const Pairs&);
+    bool (*pairs32)(const Plan&, const Pairs&);
+    // out[i] = sum_k x[i,k]^2, each as if in twice the precision
     void (*squares64)(const double* x, std::int64_t n, std::int64_t d, std::int64_t stride, double* out);
     void (*squares32)(const float* x, std::int64_t n, std::int64_t d, std::int64_t stride, double* out);
     // one layer of the row recursion, in place; q = Q_ii
-    void (*rows)(const GeneralLayer&, const HermiteTable*, std::int64_t n, double* var, double* mean, double* q);
+    bool (*rows)(const GeneralLayer&, const HermiteTable*, std::int64_t n, double* var, double* mean, double* q);
     void (*scalar64)(int id, std::int64_t n, const double* x, double* out);
     void (*scalar32)(int id, std::int64_t n, const float* x, float* out);
     // PairNumbers of an activation for pairs of variances a, b
-    void (*dual)(const GeneralLayer&, const HermiteTable*, std::int64_t n, const double* a, const double* b,
+    bool (*dual)(const GeneralLayer&, const HermiteTable*, std::int64_t n, const double* a, const double* b,
                  const double* x, const double* s, double* w, double* d, double* side);
 };
 

@@ -20,6 +20,7 @@ struct RowNumbers {
 
 struct PairNumbers {
     double w, d, side, q;
+    double gap;  // sqrt(Q_ii Q_jj) - side Q if the activation is homogeneous, else -1
 };
 
 NTK_INLINE RowNumbers make_row(double lam) {
@@ -56,7 +57,7 @@ struct Homogeneous {
         double side = slope == -1.0 ? 1.0 : s;  // abs is even
         double area = side < 0.0 ? u.area + (1.0 - x) : -u.area;
         double q = g.n * fma_(h1, s < 0.0 ? u.area + (1.0 - x) : u.area, h0 * s * (1.0 - x));
-        return {fma_(h0, g.e, h1 * g.n * area), fma_(h1, kappa0, slope), side, q};
+        return {fma_(h0, g.e, h1 * g.n * area), fma_(h1, kappa0, slope), side, q, g.n * fma_(h0, x, h1 * area)};
     }
 };
 
@@ -93,7 +94,7 @@ struct Erf {
         z = z > 0.5 ? 0.5 : z;
         double zq = 0.5 * sine * sine / (1.0 + cosine);  // sin^2 of half of phi
         double q = 2.0 * s * sqrt_(zq) * angle_fit<0>(zq, zq * zq);
-        return {2.0 * sqrt_(z) * angle_fit<0>(z, z * z), 4.0 * kInvPi / sqrt_(det), s, q};
+        return {2.0 * sqrt_(z) * angle_fit<0>(z, z * z), 4.0 * kInvPi / sqrt_(det), s, q, -1.0};
     }
 };
 
@@ -113,7 +114,7 @@ struct Gaussian {
         double sum = i.a1 + j.a1, diff = 4.0 * g.gap / sum, both = i.a1 * j.a1;
         double top = fma_(0.25 * diff * diff, 3.0 * sum * sum - diff * diff, 4.0 * g.det * sum * sum);
         double w = top / (2.0 * both * root * fma_(sum, root, 2.0 * both));
-        return {w, s * 4.0 * g.c / (det * root), 1.0, 1.0 / root};
+        return {w, s * 4.0 * g.c / (det * root), 1.0, 1.0 / root, -1.0};
     }
 };
 
@@ -132,7 +133,7 @@ struct Exp {
         double larger = i.a1 > j.a1 ? i.a1 : j.a1, m = expm1_(-g.gap);
         double q = exp_(s < 0.0 ? g.e : g.f);
         double close = fma_(0.5 * larger * larger * m, m, -i.a1 * j.a1 * expm1_(-g.e));
-        return {s < 0.0 ? 0.5 * (i.q + j.q) + q : close, q, s, q};
+        return {s < 0.0 ? 0.5 * (i.q + j.q) + q : close, q, s, q, -1.0};
     }
 };
 
@@ -151,7 +152,7 @@ struct Sin {
         double far = exp_(-g.f), near1 = -expm1_(-g.e);
         double t = 0.5 * larger * larger * m * m;
         double q = -0.5 * s * (1.0 - near1) * expm1_(-2.0 * g.c);  // e^-e - e^-f without cancellation
-        return {0.5 * fma_(near1, 1.0 + far, -t), 0.5 * ((1.0 - near1) + far), s, q};
+        return {0.5 * fma_(near1, 1.0 + far, -t), 0.5 * ((1.0 - near1) + far), s, q, -1.0};
     }
 };
 
@@ -171,7 +172,7 @@ struct Cos {
         double near1 = -expm1_(-g.e), far1 = -expm1_(-g.f);
         double w = 0.5 * fma_(near1, far1, 0.5 * larger * larger * m * m);
         double d = -0.5 * (1.0 - near1) * expm1_(-2.0 * g.c);
-        return {w, s * d, 1.0, 0.5 * ((1.0 - near1) + (1.0 - far1))};
+        return {w, s * d, 1.0, 0.5 * ((1.0 - near1) + (1.0 - far1)), -1.0};
     }
 };
 
@@ -200,7 +201,7 @@ struct Gelu {
         double h = fma_(0.5 * g.c, phi, f * fma_(ab * m, det, sine2));  // AB + C^2 (1 - AB) m
         double hd = 0.5 * (i.a2 + j.a2);
         double d = fma_(0.5, s * phi, 0.25) + s * g.c * f * (i.a1 + j.a1 + 1.0 / det);
-        return {fma_(0.25, g.e, hd - s * h), d, s, fma_(0.25 * s, g.c, h)};
+        return {fma_(0.25, g.e, hd - s * h), d, s, fma_(0.25 * s, g.c, h), -1.0};
     }
 };
 

@@ -30,7 +30,7 @@ NTK_INLINE PairNumbers hermite_pair(double x, double s, double side, double even
     double even = u * even_defect, odd = fma_(x, odd_sum, cosine * u * odd_defect);
     double q = (even_sum - even) + s * (odd_sum - odd);
     even = side < 0.0 ? 2.0 * even_sum - even : even;
-    return {even + odd, fma_(s * cosine, even_derivative, odd_derivative), side, q};
+    return {even + odd, fma_(s * cosine, even_derivative, odd_derivative), side, q, -1.0};
 }
 
 // Rows of different variance, term by term; e = 1 - rho^(2m) is carried, not a power to be subtracted from 1.

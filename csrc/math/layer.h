@@ -115,16 +115,20 @@ struct Correlation {
 };
 
 // 1 - |rho| and sign of the pre-activations, covariance Lam = cw S + cb; ni, nj: square roots of S_ii, S_jj. With
-// root = sqrt(Lam_ii), N = ni + nj, R = root_i + root_j every term is positive:
-//   sqrt(Lam_ii Lam_jj) - Lam_ij = cw ni nj x + cw (ni - nj)^2 / 2 * (R^2 - cw N^2) / R^2      (s = 1; s = -1: + 2 cb)
+// root = sqrt(Lam_ii), N = ni + nj, R = root_i + root_j, c = cw ni nj (1 - x), every term is positive:
+//   sqrt(Lam_ii Lam_jj) - cw ni nj - cb = spread = cw (ni - nj)^2 / 2 * (R^2 - cw N^2) / R^2
+//   sqrt(Lam_ii Lam_jj) - Lam_ij = spread + cw ni nj (1 - rho),   sqrt(..) + Lam_ij = spread + cw ni nj (1 + rho) + 2 cb
 NTK_INLINE Correlation correlation(const GeneralLayer& l, double x, double s, double ni, double nj, const RowNumbers& i,
                                    const RowNumbers& j) {
-    double dn = ni - nj, sum = i.root + j.root;
-    double cross = fma_(l.cw, ni * nj, i.root * j.root);
+    double dn = ni - nj, sum = i.root + j.root, n = l.cw * ni * nj;
+    double cross = fma_(i.root, j.root, n);
     double excess = 2.0 * l.cb * (1.0 + (cross > 0.0 ? fma_(l.cw, ni * ni + nj * nj, l.cb) / cross : 0.0));
     double spread = sum > 0.0 ? 0.5 * l.cw * dn * dn * excess / (sum * sum) : 0.0;
-    double gap = (fma_(l.cw * ni * nj, x, spread) + (1.0 - s) * l.cb) * i.inv * j.inv;
-    return {gap > 1.0 ? 2.0 - gap : gap, gap > 1.0 ? -s : s};
+    double below = fma_(n, s < 0.0 ? 2.0 - x : x, spread) * i.inv * j.inv;                  // 1 - rho
+    double above = fma_(n, s < 0.0 ? x : 2.0 - x, spread + 2.0 * l.cb) * i.inv * j.inv;     // 1 + rho
+    bool negative = above < below;
+    double least = negative ? above : below;
+    return {least > 1.0 ? 1.0 : least, negative ? -1.0 : 1.0};
 }
 
 struct GeneralTerms {
@@ -140,8 +144,9 @@ struct PointState {
 };
 
 // The state after one layer, given the expectations u of the activation.
+//   exact: a homogeneous activation without skip keeps parallel points parallel: its own 1 - |rho| (PairNumbers.gap);
 //   close: half the squared distance (sum, for side = -1), a sum of small terms, less what the norms contribute;
-//   far:   the covariance itself, right relative to the norms however different they are.
+//   far:   the covariance itself, right relative to the norms however different they are (1 - |rho| to eps).
 NTK_INLINE GeneralTerms general_step(const GeneralLayer& l, GeneralState& p, PairNumbers u, const RowNumbers& i,
                                      const RowNumbers& j, PointState a, PointState b) {
     double n = a.root * b.root, dn = a.root - b.root;
@@ -152,15 +157,19 @@ NTK_INLINE GeneralTerms general_step(const GeneralLayer& l, GeneralState& p, Pai
     t.own_v = l.r * u.q;
     t.factor = fma_(l.r * l.cw, u.d, l.p * l.p);
     p.theta = fma_(t.factor, p.theta, fma_(l.w, t.own_w, fma_(l.wb, t.own_b, fma_(l.v, t.own_v, l.vvb * l.vb))));
-    double next_n = a.next_root * b.next_root, next_dn = a.next_root - b.next_root, scale = a.next_inv * b.next_inv;
+    double next_n = a.next_root * b.next_root, next_dn = a.next_root - b.next_root;
     double half = fma_(n, u.side == p.s ? p.x : 2.0 - p.x, 0.5 * dn * dn);
     double cross = l.p * l.q * (a.mean - u.side * b.mean) * (i.mu - u.side * j.mu);
     half = fma_(l.p * l.p, half, cross) + fma_(l.r, u.w, (1.0 - u.side) * l.vb);
     double far = fma_(l.p * l.p, cov, l.p * l.q * fma_(a.mean, j.mu, b.mean * i.mu)) + fma_(l.r, u.q, l.vb);
-    bool close = half < 0.25 * next_n;
-    double x = close ? (half - 0.5 * next_dn * next_dn) * scale : 1.0 - abs_(far) * scale;
-    p.x = at_least(x, 0.0);
-    p.s = close ? u.side : (far < 0.0 ? -1.0 : 1.0);
+    bool exact = l.p == 0.0 && u.gap >= 0.0, close = half < 0.25 * next_n;
+    // One factor at a time: the product of two inverses may overflow where the variances are tiny.
+    double gap = exact ? l.r * u.gap : half - 0.5 * next_dn * next_dn;
+    double x = exact || close ? gap * a.next_inv * b.next_inv : 1.0 - abs_(far) * a.next_inv * b.next_inv;
+    double sign = exact || close ? u.side : (far < 0.0 ? -1.0 : 1.0);
+    x = at_least(x, 0.0);
+    p.x = x > 1.0 ? 2.0 - x : x;
+    p.s = x > 1.0 ? -sign : sign;
     return t;
 }
 
