@@ -632,7 +632,10 @@ def test_number_of_threads_does_not_change_results(fresh_python, tmp_path):
     assert count == "1"
     (_, count), got = run_all(fresh_python, tmp_path, OMP_NUM_THREADS="2")
     assert count == "2"
-    assert [name for name, K in got.items() if not np.array_equal(K, wanted[name])] == []
+    # Hermite coefficients come from a matrix product, whose order of summation is the BLAS's own.
+    for name, K in got.items():
+        exact = not any(layer.activation.expanded for layer in (PATHS | FREE)[name.rsplit(" ", 2)[0]].layers)
+        np.testing.assert_allclose(K, wanted[name], rtol=0 if exact else 1e-14, atol=0)
 
 
 def test_threadpoolctl_is_obeyed():
@@ -824,7 +827,7 @@ def test_a_kinked_function_is_refused_with_row_variance_and_cure():
     X[3] *= 2
     net = nf.Network([nf.Dense("relu"), nf.Dense(act, gain=2)])
     with pytest.raises(
-        ValueError, match=r"'kinked'.*layer 2, row 3, .*variance 4; normalise the rows or raise the tol"
+        ValueError, match=r"'kinked'.*layer 2, row 3 of X, .*variance 4; normalise the rows or raise the tol"
     ):
         nf.gram(net, X)
 

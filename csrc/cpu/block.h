@@ -1,5 +1,7 @@
 // Arrays of one block of pairs, one per thread. A block is at most kRows x kCols pairs, row by row, kCols apart.
 #pragma once
+#include <cstdlib>
+
 #include "kernels.h"
 
 namespace ntk {
@@ -31,5 +33,19 @@ NTK_INLINE Wide<float> widen(double v, float) {
 }
 NTK_INLINE double whole(Wide<double> v) { return v.hi; }
 NTK_INLINE double whole(Wide<float> v) { return double(v.hi) + double(v.lo); }
+
+// Memory of one thread, aligned, freed at the end of the scope.
+template <class T>
+struct Buffer {
+    T* data;
+    bool empty;
+    __attribute__((always_inline)) inline explicit Buffer(std::size_t count) : data(nullptr), empty(count == 0) {
+        if (count) data = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
+    }
+    __attribute__((always_inline)) inline ~Buffer() { std::free(data); }
+    __attribute__((always_inline)) inline bool ready() const { return data || empty; }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+};
 
 }  // namespace ntk

@@ -6,10 +6,10 @@
 //   memory     under 3 MB a thread without layer_grams
 //   compiled   once per instruction set with NTK_ISA; nothing here may have external linkage but `table`
 #include <cmath>
-#include <cstdlib>
 
 #include "block.h"
 #include "differences.h"
+#include "doors.h"
 #include "general.h"
 #include "homogeneous.h"
 
@@ -25,20 +25,6 @@ struct Scratch {
     RowArrays ri, rj;
     double last[kBlock], cov[kBlock];  // results of the suffix
     T result[kBlock];
-};
-
-// Memory of one thread, aligned, freed at the end of the scope.
-template <class T>
-struct Buffer {
-    T* data;
-    bool empty;
-    __attribute__((always_inline)) inline explicit Buffer(std::size_t count) : data(nullptr), empty(count == 0) {
-        if (count) data = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
-    }
-    __attribute__((always_inline)) inline ~Buffer() { std::free(data); }
-    __attribute__((always_inline)) inline bool ready() const { return data || empty; }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
 };
 
 int hermite_terms_of(const Plan& plan) {
@@ -107,14 +93,13 @@ template <class T>
 void mix_row(const Plan& plan, const Mix& m, const Scratch<T>& s, int i, int cols, bool elementwise, double* value) {
     const int at = i * kCols;
     if (plan.n_suffix) {
-        // Only what is asked for: Theta may be infinite where the covariance is not.
-        for (int j = 0; j < cols; ++j) value[j] = m.mean * s.ri.mean[elementwise ? j : i] * s.rj.mean[j];
-        if (m.theta != 0.0)
-            for (int j = 0; j < cols; ++j) value[j] += m.theta * s.general.theta[at + j];
-        if (m.cov != 0.0)
-            for (int j = 0; j < cols; ++j) value[j] += m.cov * s.cov[at + j];
-        if (m.last != 0.0)
-            for (int j = 0; j < cols; ++j) value[j] += m.last * s.last[at + j];
+        // Only what is asked for: Theta may be infinite where the covariance is not. `value` may be s.cov itself.
+        for (int j = 0; j < cols; ++j) {
+            double v = m.mean * s.ri.mean[elementwise ? j : i] * s.rj.mean[j];
+            v += m.cov != 0.0 ? m.cov * s.cov[at + j] : 0.0;
+            v += m.theta != 0.0 ? m.theta * s.general.theta[at + j] : 0.0;
+            value[j] = v + (m.last != 0.0 ? m.last * s.last[at + j] : 0.0);
+        }
         return;
     }
     const double mean = m.mean * plan.beta * plan.beta / plan.nu;
@@ -353,98 +338,6 @@ bool pairs(const Plan& plan, const Pairs& p) {
         }
     }
     return !failed;
-}
-
-template <class T>
-void squares(const T* x, std::int64_t n, std::int64_t d, std::int64_t stride, double* out) {
-#pragma omp parallel for
-    for (std::int64_t i = 0; i < n; ++i) {
-        const T* row = x + i * stride;
-        double sum[16] = {}, low[16] = {};
-        auto fold = [&](const double* v) {
-#pragma omp simd
-            for (int k = 0; k < 16; ++k) {
-                const double p = v[k] * v[k], e = fma_(v[k], v[k], -p);
-                const double s = sum[k] + p, b = s - sum[k];
-                low[k] += ((sum[k] - (s - b)) + (p - b)) + e;
-                sum[k] = s;
-            }
-        };
-        double v[16];
-        std::int64_t k = 0;
-        for (; k + 16 <= d; k += 16) {
-            for (int m = 0; m < 16; ++m) v[m] = double(row[k + m]);
-            fold(v);
-        }
-        for (int m = 0; m < 16; ++m) v[m] = k + m < d ? double(row[k + m]) : 0.0;
-        fold(v);
-        double total = 0.0, rest = 0.0;
-        for (int m = 0; m < 16; ++m) {
-            const double s = total + sum[m], b = s - total;
-            rest += ((total - (s - b)) + (sum[m] - b)) + low[m];
-            total = s;
-        }
-        out[i] = total + rest;
-    }
-}
-
-bool rows(const GeneralLayer& l, const HermiteTable* tables, std::int64_t n, double* var, double* mean, double* q) {
-    const std::size_t terms = l.table >= 0 ? std::size_t(tables[l.table].evens + tables[l.table].odds) : 0;
-    Buffer<RowArrays> a(1);
-    Buffer<double> coefficients(terms * kCols);
-    if (!a.data || !coefficients.ready()) return false;
-    a.data->hermite = coefficients.data;
-    for (std::int64_t start = 0; start < n; start += kCols) {
-        const int size = n - start < kCols ? int(n - start) : kCols;
-        for (int k = 0; k < size; ++k) a.data->var[k] = var[start + k], a.data->mean[k] = mean[start + k];
-        advance_rows(l, tables, *a.data, size);
-        for (int k = 0; k < size; ++k)
-            var[start + k] = a.data->next_var[k], mean[start + k] = a.data->next_mean[k], q[start + k] = a.data->q[k];
-    }
-    return true;
-}
-
-template <class T, class F>
-void each(std::int64_t n, const T* x, T* out, F f) {
-#pragma omp simd
-    for (std::int64_t k = 0; k < n; ++k) out[k] = f(x[k]);
-}
-template <class T>
-void scalar(int id, std::int64_t n, const T* x, T* out) {
-    switch (id) {
-        case kTheta0: return each(n, x, out, [](T v) { return arc<0>(v).theta; });
-        case kTheta1: return each(n, x, out, [](T v) { return arc<1>(v).theta; });
-        case kTheta2: return each(n, x, out, [](T v) { return arc<2>(v).theta; });
-        case kArea0: return each(n, x, out, [](T v) { return arc<0>(v).area; });
-        case kArea1: return each(n, x, out, [](T v) { return arc<1>(v).area; });
-        case kArea2: return each(n, x, out, [](T v) { return arc<2>(v).area; });
-        case kExpId: return each(n, x, out, [](T v) { return T(exp_(double(v))); });
-        default: return each(n, x, out, [](T v) { return T(expm1_(double(v))); });
-    }
-}
-
-bool dual(const GeneralLayer& l, const HermiteTable* tables, std::int64_t n, const double* a, const double* b,
-          const double* x, const double* s, double* w, double* d, double* side) {
-    const std::size_t terms = l.table >= 0 ? std::size_t(tables[l.table].evens + tables[l.table].odds) : 0;
-    Buffer<GeneralArrays> g(1);
-    Buffer<RowArrays> r(2);
-    Buffer<double> coefficients(2 * terms * kCols);
-    if (!g.data || !r.data || !coefficients.ready()) return false;
-    r.data[0].hermite = coefficients.data;
-    r.data[1].hermite = coefficients.data + terms * kCols;
-    for (std::int64_t start = 0; start < n; start += kCols) {
-        const int size = n - start < kCols ? int(n - start) : kCols;
-        for (int k = 0; k < kCols; ++k) {
-            r.data[0].var[k] = k < size ? a[start + k] : 0.0, r.data[1].var[k] = k < size ? b[start + k] : 0.0;
-            r.data[0].mean[k] = r.data[1].mean[k] = 0.0;
-            g.data->lx[k] = k < size ? x[start + k] : 0.0, g.data->ls[k] = k < size ? s[start + k] : 1.0;
-        }
-        advance_rows(l, tables, r.data[0], kCols);
-        advance_rows(l, tables, r.data[1], kCols);
-        expectations<true>(l, tables, r.data[0], r.data[1], 0, kCols, *g.data);
-        for (int k = 0; k < size; ++k) w[start + k] = g.data->w[k], d[start + k] = g.data->d[k], side[start + k] = g.data->side[k];
-    }
-    return true;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 """
 
 import os as _os
+from typing import Any as _Any
 
 from ntkfast import _core
 from ntkfast._arrays import OutOfMemoryError
@@ -38,3 +39,12 @@ __all__ = [
 
 if hasattr(_os, "register_at_fork"):
     _os.register_at_fork(after_in_child=_core.after_fork)
+
+
+def __getattr__(name: str) -> _Any:
+    # The definition is imported on use: it is not needed to compute.
+    if name == "reference":
+        import importlib
+
+        return importlib.import_module("ntkfast.reference")
+    raise AttributeError(f"module 'ntkfast' has no attribute {name!r}")

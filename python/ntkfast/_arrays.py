@@ -146,7 +146,9 @@ def as_points(x: Array, name: str, dtype: np.dtype[Any]) -> Points:
     stored = np.sqrt(_core.squares(rows))
     with np.errstate(divide="ignore"):
         inverse = np.where(stored > 0, 1 / stored, 0.0)
-    return Points(rows, inverse, np.ldexp(stored, exponent))
+    with np.errstate(over="ignore"):
+        norm = np.ldexp(stored, exponent)
+    return Points(rows, inverse, norm)
 
 
 def available_memory() -> int | None:

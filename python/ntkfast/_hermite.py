@@ -127,12 +127,13 @@ def _expand(activation: Activation, sigma: Array, tolerance: float) -> Array:
     for terms, nodes in ((128, 1025), (MOST_TERMS, 4097)):
         a, square = _coefficients(activation, sigma, nodes, terms)
         finer, _ = _coefficients(activation, sigma, 2 * nodes - 1, terms)
-        scale = np.sqrt(np.maximum(square, 1e-300))[:, None]
+        zero = square == 0
+        scale = np.sqrt(np.where(zero, 1.0, square))[:, None]
         k = np.arange(terms)
         weight = k * a * a
         total = np.maximum(weight.sum(axis=1), 1e-300)
         # What is left after each term, of Q and of its derivative by rho, both at rho = 1.
-        left = 1 - np.cumsum(a * a, axis=1) / scale**2
+        left = np.where(zero[:, None], 0.0, 1 - np.cumsum(a * a, axis=1) / scale**2)
         left_derivative = weight[:, ::-1].cumsum(axis=1)[:, ::-1] / total[:, None]
         missing = np.maximum(np.abs(left[:, -1]), left_derivative[:, -terms // 8])
         converged = (np.abs(finer - a) <= 0.01 * tolerance * scale + 1e-15 * scale).all(axis=1)
@@ -142,10 +143,23 @@ def _expand(activation: Activation, sigma: Array, tolerance: float) -> Array:
                 axis=0
             )
             keep = int(np.argmax(enough)) if enough.any() else terms
+            _check_derivative(activation, sigma, (k * finer * finer).sum(axis=1), nodes)
             return finer[:, : max(keep, 2)]
     worst = float(sigma[bad].max())
     raise ExpansionError(f"the Hermite expansion of {activation.name!r} does not reach the relative tolerance "
                          f"{tolerance:g} with {MOST_TERMS} terms", worst)  # fmt: skip
+
+
+def _check_derivative(activation: Activation, sigma: Array, series: Array, nodes: int) -> None:
+    """The series of E s'(u)^2 A against the derivative the user gave."""
+    if activation.derivative is None:
+        return
+    z, root, _ = _grid(nodes, 1)
+    values = np.asarray(activation.derivative(np.multiply.outer(sigma, z)), dtype=np.float64) * root
+    square = sigma**2 * np.einsum("ij,ij->i", values, values)
+    # 1e-6 tells another function's derivative from rounding and from the truncation of the series.
+    if not (np.abs(series - square) <= 1e-6 * np.maximum(series, square)).all():
+        raise ValueError(f"derivative= is not the derivative of activation {activation.name!r}")
 
 
 def _parity(a: Array) -> tuple[int, int]:
@@ -168,7 +182,10 @@ def _split(a: Array, evens: int, odds: int) -> Array:
 @lru_cache(maxsize=256)
 def uniform_table(activation: Activation, variance: float, tolerance: float) -> Table:
     """The table of one variance for all rows: Horner coefficients in rho^2."""
-    a = _expand(activation, np.array([np.sqrt(variance)]), tolerance)
+    if variance > 0:
+        a = _expand(activation, np.array([np.sqrt(variance)]), tolerance)
+    else:
+        a = np.array([[_at_zero(activation), 0.0]])
     evens, odds = _parity(a)
     p = _split(a[0], evens, odds) ** 2
     even, odd = p[:evens], p[evens:]
@@ -189,7 +206,8 @@ def uniform_table(activation: Activation, variance: float, tolerance: float) -> 
 
 def panel_table(activation: Activation, low: float, high: float, tolerance: float) -> Table:
     """The table for variances between `low` and `high`: a_k as Chebyshev series in sqrt(A), panel by panel."""
-    low, high = float(np.sqrt(low)), float(np.sqrt(high))
+    # A little wider than asked for: the kernels may see a variance an ulp away, and one variance is no interval.
+    low, high = float(np.sqrt(low)) * (1 - 1e-6), float(np.sqrt(high)) * (1 + 1e-6)
     # One panel an octave: a_1 ~ sqrt(A) keeps its relative accuracy on each. Rows below 2^-40 of
     # the largest keep the absolute one only.
     first = max(low, high * 2.0**-40)

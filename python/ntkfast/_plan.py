@@ -33,7 +33,7 @@ _IDS = {"erf": 1, "gaussian": 2, "exp": 3, "sin": 4, "cos": 5, "gelu": 6}
 _HERMITE = 7
 #: the ranges of kArcRange in csrc/math/arccos.h
 _RANGES = (0.5, 0.28, 0.1)
-#: bits by which the suffix is scaled down whenever the variance of a unit-norm point exceeds them
+#: bits by which the suffix is scaled whenever the variance of a unit-norm point passes them, up or down
 _STEP = 64
 
 
@@ -183,7 +183,7 @@ def _split_root(nu: Decimal) -> tuple[float, int]:
 def _suffix_row(layer: Any, c: Coefficients, down: int, power: int) -> list[float]:
     """Coefficients of a suffix layer whose input is scaled by 4^-down and whose output by 4^-(down + power)."""
     half, full = 2.0**-power, 4.0**-power
-    cb, vb = float(c.cb) * 4.0**-down, float(c.vb) * 4.0 ** -(down + power)
+    cb, vb = math.ldexp(float(c.cb), -2 * down), math.ldexp(float(c.vb), -2 * (down + power))
     slope = layer.activation.slope if layer.activation.homogeneous else 0.0
     return [float(c.p) * half, float(c.q) * half, float(c.r) * full, float(c.cw), cb, float(c.w), float(c.wb),
             float(c.v), vb, float(c.vvb), float(c.w_all), slope]  # fmt: skip
@@ -198,9 +198,24 @@ def _advance_unit(row: list[float], unit: tuple[float, float]) -> tuple[float, f
     return p * p * nu + 2 * p * q * mean * mu + r * 0.5 * (1 + slope * slope) * lam + vb, p * mean + q * mu
 
 
-def _table(layer: Any, h: int, c: list[float], var: Array, dtype: np.dtype[Any], cache: list[Any]) -> int:
+def _expansion_message(
+    error: Exception, layer: int, row: list[float], var: Array, sizes: Sequence[tuple[str, int]]
+) -> str:
+    """Names the point whose variance is too large, the variance, and the cure."""
+    lam = row[3] * var + row[4]
+    index = int(np.argmax(lam))
+    largest = lam[index]
+    name = sizes[0][0]
+    if index >= sizes[0][1]:
+        index, name = index - sizes[0][1], sizes[1][0]
+    return (
+        f"{error}: layer {layer}, row {index} of {name}, pre-activation variance {largest:.3g}; normalise the rows "
+        "or raise the tolerance: Activation.with_tolerance(...)"
+    )
+
+
+def _table(activation: Activation, c: list[float], var: Array, dtype: np.dtype[Any], cache: list[Any]) -> int:
     """Index of the Hermite table of a layer for rows of variance `var`; the table joins `cache` if it is new."""
-    activation = layer.activation
     tolerance = activation.tolerance or (1e-7 if dtype == np.float32 else 1e-12)
     lam = c[3] * var + c[4]
     high = float(lam.max())
@@ -208,28 +223,15 @@ def _table(layer: Any, h: int, c: list[float], var: Array, dtype: np.dtype[Any],
     # Rows of one variance, up to the rounding of their norms and a few layers.
     spread = (4 if dtype == np.float32 else 16) * float(np.finfo(dtype).eps)
     uniform = high - float(lam.min()) <= spread * high
-    for k, (key, kind, _) in enumerate(cache):
-        if key is activation and kind == uniform and _covers(cache[k][2], low, high, spread if uniform else 0.0):
+    for k, (known, kind, (_, first, last)) in enumerate(cache):
+        # Tables are not stretched: a narrower range is covered, a much narrower one would waste terms.
+        covered = abs(high - last) <= spread * last if uniform else first <= low and 0.5 * last < high <= last
+        if known == activation and kind == uniform and covered:
             return k
-    try:
-        if uniform:
-            table, bounds = _hermite.uniform_table(activation, high, tolerance), (low, high)
-        else:
-            table, bounds = _hermite.panel_table(activation, low, high, tolerance), (low, high)
-    except _hermite.ExpansionError as error:
-        row = int(np.argmin(np.abs(np.sqrt(lam) - error.sigma)))
-        raise ValueError(f"{error}: layer {h}, row {row}, pre-activation variance {lam[row]:.3g}; normalise the "
-                         f"rows or raise the tolerance: Activation.with_tolerance(...)") from None  # fmt: skip
-    cache.append((activation, uniform, (table, *bounds)))
+    make = _hermite.uniform_table(activation, high, tolerance) if uniform else None
+    table = make or _hermite.panel_table(activation, low, high, tolerance)
+    cache.append((activation, uniform, (table, low, high)))
     return len(cache) - 1
-
-
-def _covers(entry: tuple[Any, float, float], low: float, high: float, spread: float) -> bool:
-    _, first, last = entry
-    if spread:
-        return abs(high - last) <= spread * last
-    # Tables are not stretched: a narrower range is covered, a much narrower one would waste terms.
-    return first <= low and high <= last and high > 0.5 * last
 
 
 def _expanded(net: Network) -> tuple[bool, ...]:
@@ -242,11 +244,13 @@ def _expanded(net: Network) -> tuple[bool, ...]:
     return tuple(a.expanded or (a.name == "gelu" and k < last) for k, a in enumerate(x.activation for x in net.layers))
 
 
-def compile_network(net: Network, norms: Sequence[Array], dtype: np.dtype[Any]) -> Compiled:
+def compile_network(
+    net: Network, norms: Sequence[Array], dtype: np.dtype[Any], names: Sequence[str] = ("X", "Y")
+) -> Compiled:
     """Make the plan of a network for rows of the given norms (they matter only for Hermite expansions)."""
     if not any(_expanded(net)):
         return _compile(net)
-    return _build(net, norms, dtype)
+    return _build(net, norms, dtype, [(name, len(r)) for name, r in zip(names, norms, strict=False)])
 
 
 @lru_cache(maxsize=64)
@@ -254,7 +258,9 @@ def _compile(net: Network) -> Compiled:
     return _build(net, (), np.dtype(np.float64))
 
 
-def _build(net: Network, norms: Sequence[Array], dtype: np.dtype[Any]) -> Compiled:
+def _build(
+    net: Network, norms: Sequence[Array], dtype: np.dtype[Any], sizes: Sequence[tuple[str, int]] = ()
+) -> Compiled:
     prefix, slices = _prefix(net), _slices(net)
     count = len(prefix.numbers)
     with localcontext() as context:
@@ -267,7 +273,7 @@ def _build(net: Network, norms: Sequence[Array], dtype: np.dtype[Any]) -> Compil
         core = _core.Plan(prefix.numbers, prefix.ints, 1.0, unit_mean, *empty, [])
         return Compiled(core, True, root, exponent, count, 0, 0)
 
-    # Scale down by 2^_STEP whenever the growth of a homogeneous suffix passes it.
+    # Scale by 2^-+_STEP whenever the variance of a homogeneous suffix leaves 2^+-_STEP.
     scalable = all(layer.activation.homogeneous for layer in layers)
     down = exponent - exponent % (_STEP // 2) if scalable and exponent > _STEP // 2 else 0
     nu = math.ldexp(root * root, 2 * (exponent - down)) if 2 * (exponent - down) < 1000 else math.inf
@@ -282,17 +288,22 @@ def _build(net: Network, norms: Sequence[Array], dtype: np.dtype[Any]) -> Compil
         c, power = layer.coefficients(float), 0
         if scalable:
             unit = _advance_unit(_suffix_row(layer, c, down, 0), unit)
-            if unit[0] > 2.0**_STEP:
-                power = _STEP // 2
+            if unit[0] > 2.0**_STEP or 0 < unit[0] < 2.0**-_STEP:
+                power = _STEP // 2 if unit[0] > 1 else -_STEP // 2
                 unit = (unit[0] * 4.0**-power, unit[1] * 2.0**-power)
         row = _suffix_row(layer, c, down, power)
         down += power
         table = -1
         if expanded[k]:
-            table = _table(layer, count + k + 1, row, var, dtype, cache)
+            try:
+                table = _table(layer.activation, row, var, dtype, cache)
+            except _hermite.ExpansionError as error:
+                # gelu has a closed form, which loses some digits of small distances in front of a kink.
+                if layer.activation.name != "gelu":
+                    raise ValueError(_expansion_message(error, count + k + 1, row, var, sizes)) from None
         rows.append(row)
         kind = 0 if layer.activation.homogeneous else _IDS.get(layer.activation.name, _HERMITE)
-        ints.append([_HERMITE if expanded[k] else kind, table, *slots])
+        ints.append([_HERMITE if table >= 0 else kind, table, *slots])
         if k < last:
             step = _core.Plan(np.zeros((0, 9)), np.zeros((0, 5), dtype=np.int32), 1.0, 0.0, np.array([row]),
                               np.array([ints[-1]], dtype=np.int32), [t[0].as_tuple() for _, _, t in cache])  # fmt: skip

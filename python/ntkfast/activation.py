@@ -61,16 +61,18 @@ class Activation:
         if self.function is None and self.name not in NAMES:
             raise ValueError(f"unknown activation {self.name!r}; use one of {', '.join(NAMES)}, "
                              "or Activation.from_function(f)")  # fmt: skip
-        fixed = {"relu": 0.0, "abs": -1.0, "identity": 1.0}
+        # 2.0 stands for "no slope"; NaN would make an instance differ from itself.
+        fixed = {"relu": 0.0, "abs": -1.0, "identity": 1.0}.get(self.name, 2.0)
         slope = self.slope
-        if self.function is not None or self.name not in HOMOGENEOUS:
-            slope = 2.0  # "no slope"; NaN would make an instance differ from itself
-        elif self.name in fixed:
-            slope = fixed[self.name]
-        elif math.isnan(slope):
-            slope = 0.01
-        elif not math.isfinite(slope):
-            raise ValueError(f"slope must be finite, got {slope}")
+        if self.function is None and self.name == "leaky_relu":
+            slope = 0.01 if math.isnan(slope) else slope
+            if not math.isfinite(slope):
+                raise ValueError(f"slope must be finite, got {slope}")
+        else:
+            fixed = 2.0 if self.function is not None else fixed
+            if not math.isnan(slope) and slope != fixed:
+                raise ValueError(f"{self.name!r} has no slope; use Activation.leaky_relu({slope})")
+            slope = fixed
         object.__setattr__(self, "slope", float(slope))
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must lie in (0, 1), got {self.tolerance}")
@@ -99,7 +101,7 @@ class Activation:
             Takes and returns a float64 array (NumPy ufunc, numba ``@vectorize``, ...). It should be
             smooth: kinks make the expansion so long that :func:`ntkfast.gram` refuses it.
         derivative : callable, optional
-            f', used to check the expansion of the derivative; without it the check uses the series itself.
+            f'. If given, the expansion is checked against it (and :mod:`ntkfast.reference` uses it).
         name : str, optional
             Name shown in ``repr``; the name of the function if it has one.
         tolerance : float, optional
@@ -132,11 +134,12 @@ class Activation:
         return self.function is not None or self.name in EXPANDED
 
     def __repr__(self) -> str:
+        tail = "" if self.tolerance is None else f".with_tolerance({self.tolerance:g})"
         if self.function is not None:
-            return f"Activation.from_function({self.name})"
+            return f"Activation.from_function({self.name}){tail}"
         if self.name == "leaky_relu":
-            return f"Activation.leaky_relu({self.slope!r})"
-        return f"Activation({self.name!r})"
+            return f"Activation.leaky_relu({self.slope!r}){tail}"
+        return f"Activation({self.name!r}){tail}"
 
 
 def as_activation(activation: str | Activation) -> Activation:

@@ -90,6 +90,11 @@ def _refuse_overflow(values: Vector, name: str, get: str, dtype: np.dtype[Any], 
     bad = ~(np.abs(values) <= float(np.finfo(dtype).max))
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
+        if np.isnan(values[row]):
+            raise OverflowError(
+                f"the variances of row {row} of {name} leave the range of float64 within the network: scale the "
+                "rows, or change the gain or the depth"
+            )
         raise OverflowError(f"the {get} of row {row} of {name} does not fit in {dtype}; {hint}")
 
 
@@ -106,16 +111,15 @@ def _factors(
         _refuse_overflow(diagonal, name, get, problem.dtype, "use normalize=True, smaller rows or dtype=numpy.float64")
         return f, np.full(len(points), root), diagonal
     _refuse_overflow(d, name, get, np.dtype(np.float64), "its variance itself overflows: normalise the rows")
+    # K_ii = (sd f)^2 + root^2, but the squares may leave the range where the quotients do not.
+    sd = np.sqrt(np.maximum(d, 0.0))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        relative = np.where(f > 0, mix.constant / f / f, np.inf if mix.constant > 0 else 0.0)
-        # Against the norm of the points: f carries it for a prefix, d for a suffix.
-        total = d + relative
-        scale = np.where((total > 0) & np.isfinite(total), 1 / np.sqrt(total), 0.0)
-        constant = np.where(d > 0, root / f * scale, 1.0 if root > 0 else 0.0) if root > 0 else np.zeros(len(points))
-        constant = np.where(np.isfinite(constant), constant, 1.0 if root > 0 else 0.0)
+        g = np.where(f > 0, root / f, np.inf if root > 0 else 0.0)
+        scale = np.where(sd + g > 0, 1 / np.hypot(sd, g), 0.0)
+        constant = np.where(g <= sd, g * scale, root / np.hypot(f * sd, root)) if root > 0 else np.zeros(len(points))
     if compiled.prefix_only:
         scale = np.where(points.norm > 0, scale, 0.0)
-    return scale, constant, np.where(d * scale * scale + constant * constant > 0, 1.0, 0.0)
+    return scale, constant, np.where((scale > 0) & (sd > 0) | (constant > 0), 1.0, 0.0)
 
 
 def _check_kinds(get: Any) -> tuple[str, ...]:

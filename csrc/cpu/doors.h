@@ -1,0 +1,99 @@
+// Small jobs beside the tiles: squared norms, the row recursion by itself, element-wise doors for the tests.
+#pragma once
+#include "general.h"
+
+namespace ntk {
+
+template <class T>
+static void squares(const T* x, std::int64_t n, std::int64_t d, std::int64_t stride, double* out) {
+#pragma omp parallel for
+    for (std::int64_t i = 0; i < n; ++i) {
+        const T* row = x + i * stride;
+        double sum[16] = {}, low[16] = {};
+        auto fold = [&](const double* v) {
+#pragma omp simd
+            for (int k = 0; k < 16; ++k) {
+                const double p = v[k] * v[k], e = fma_(v[k], v[k], -p);
+                const double s = sum[k] + p, b = s - sum[k];
+                low[k] += ((sum[k] - (s - b)) + (p - b)) + e;
+                sum[k] = s;
+            }
+        };
+        double v[16];
+        std::int64_t k = 0;
+        for (; k + 16 <= d; k += 16) {
+            for (int m = 0; m < 16; ++m) v[m] = double(row[k + m]);
+            fold(v);
+        }
+        for (int m = 0; m < 16; ++m) v[m] = k + m < d ? double(row[k + m]) : 0.0;
+        fold(v);
+        double total = 0.0, rest = 0.0;
+        for (int m = 0; m < 16; ++m) {
+            const double s = total + sum[m], b = s - total;
+            rest += ((total - (s - b)) + (sum[m] - b)) + low[m];
+            total = s;
+        }
+        out[i] = total + rest;
+    }
+}
+
+static bool rows(const GeneralLayer& l, const HermiteTable* tables, std::int64_t n, double* var, double* mean, double* q) {
+    const std::size_t terms = l.table >= 0 ? std::size_t(tables[l.table].evens + tables[l.table].odds) : 0;
+    Buffer<RowArrays> a(1);
+    Buffer<double> coefficients(terms * kCols);
+    if (!a.data || !coefficients.ready()) return false;
+    a.data->hermite = coefficients.data;
+    for (std::int64_t start = 0; start < n; start += kCols) {
+        const int size = n - start < kCols ? int(n - start) : kCols;
+        for (int k = 0; k < size; ++k) a.data->var[k] = var[start + k], a.data->mean[k] = mean[start + k];
+        advance_rows(l, tables, *a.data, size);
+        for (int k = 0; k < size; ++k)
+            var[start + k] = a.data->next_var[k], mean[start + k] = a.data->next_mean[k], q[start + k] = a.data->q[k];
+    }
+    return true;
+}
+
+template <class T, class F>
+static void each(std::int64_t n, const T* x, T* out, F f) {
+#pragma omp simd
+    for (std::int64_t k = 0; k < n; ++k) out[k] = f(x[k]);
+}
+template <class T>
+static void scalar(int id, std::int64_t n, const T* x, T* out) {
+    switch (id) {
+        case kTheta0: return each(n, x, out, [](T v) { return arc<0>(v).theta; });
+        case kTheta1: return each(n, x, out, [](T v) { return arc<1>(v).theta; });
+        case kTheta2: return each(n, x, out, [](T v) { return arc<2>(v).theta; });
+        case kArea0: return each(n, x, out, [](T v) { return arc<0>(v).area; });
+        case kArea1: return each(n, x, out, [](T v) { return arc<1>(v).area; });
+        case kArea2: return each(n, x, out, [](T v) { return arc<2>(v).area; });
+        case kExpId: return each(n, x, out, [](T v) { return T(exp_(double(v))); });
+        default: return each(n, x, out, [](T v) { return T(expm1_(double(v))); });
+    }
+}
+
+static bool dual(const GeneralLayer& l, const HermiteTable* tables, std::int64_t n, const double* a, const double* b,
+          const double* x, const double* s, double* w, double* d, double* side) {
+    const std::size_t terms = l.table >= 0 ? std::size_t(tables[l.table].evens + tables[l.table].odds) : 0;
+    Buffer<GeneralArrays> g(1);
+    Buffer<RowArrays> r(2);
+    Buffer<double> coefficients(2 * terms * kCols);
+    if (!g.data || !r.data || !coefficients.ready()) return false;
+    r.data[0].hermite = coefficients.data;
+    r.data[1].hermite = coefficients.data + terms * kCols;
+    for (std::int64_t start = 0; start < n; start += kCols) {
+        const int size = n - start < kCols ? int(n - start) : kCols;
+        for (int k = 0; k < kCols; ++k) {
+            r.data[0].var[k] = k < size ? a[start + k] : 0.0, r.data[1].var[k] = k < size ? b[start + k] : 0.0;
+            r.data[0].mean[k] = r.data[1].mean[k] = 0.0;
+            g.data->lx[k] = k < size ? x[start + k] : 0.0, g.data->ls[k] = k < size ? s[start + k] : 1.0;
+        }
+        advance_rows(l, tables, r.data[0], kCols);
+        advance_rows(l, tables, r.data[1], kCols);
+        expectations<true>(l, tables, r.data[0], r.data[1], 0, kCols, *g.data);
+        for (int k = 0; k < size; ++k) w[start + k] = g.data->w[k], d[start + k] = g.data->d[k], side[start + k] = g.data->side[k];
+    }
+    return true;
+}
+
+}  // namespace ntk
