@@ -24,6 +24,8 @@ Array = NDArray[Any]
 SIDE, LEAST = 2048, 1024
 #: Floating-point operations of one product call: half a second on one slow core.
 _PRODUCT = 2e10
+#: Operations of the products done before their epilogues: seconds, so that changing pools costs percents.
+_BATCH = 2e11
 #: Seconds one call into the compiled kernels should take at most.
 _CALL = 0.15
 #: Largest scratch of one tile in bytes: results that cannot be written in place, copies of rows.
@@ -115,16 +117,34 @@ def run(job: Job) -> None:
     n, m = len(job.x), len(job.y)
     side = side_of(job)
     todo = list(tiles(n, m, job.symmetric, side))
+    direct = all(_direct(out, job.x.dtype) for out in job.outputs)
+    # Threads of either pool go on spinning for a while when their work is done, and slow down the other pool. So the
+    # products of many tiles come first, then all their epilogues: in place that takes no memory.
+    batch = max(1, int(_BATCH / (2.0 * side * side * job.x.shape[1]))) if direct else 1
     with _Progress(job.progress, sum(tile.entries for tile in todo)) as bar:
-        for tile in todo:
-            _run_tile(job, tile, bar)
+        for start in range(0, len(todo), batch):
+            ready = [_prepare(job, tile) for tile in todo[start : start + batch]]
+            for item in ready:
+                _finish(job, item, bar)
 
 
-def _run_tile(job: Job, tile: Tile, bar: _Progress) -> None:
-    x, y = job.x[tile.rows], job.y[tile.cols]
-    if tile.diagonal:
-        y = x
-    views, mirrors, stores = [], [], []
+@dataclass(frozen=True)
+class _Ready:
+    """A tile whose inner products are there, in the first view."""
+
+    tile: Tile
+    views: list[Array]
+    mirrors: list[Array | None]
+    stores: list[tuple[Any, Array]]  #: outputs that take their part by slice assignment
+    products: Array
+
+
+def _prepare(job: Job, tile: Tile) -> _Ready:
+    x = job.x[tile.rows]
+    y = x if tile.diagonal else job.y[tile.cols]
+    views: list[Array] = []
+    mirrors: list[Array | None] = []
+    stores = []
     for out in job.outputs:
         if _direct(out, job.x.dtype):
             views.append(out[..., tile.rows, tile.cols])
@@ -136,13 +156,19 @@ def _run_tile(job: Job, tile: Tile, bar: _Progress) -> None:
         stores.append((out, scratch))
     products = views[0] if views[0].ndim == 2 else views[0][0]
     product(x, y, products)
-    step = max(32, int(_CALL / (1e-9 * job.nanoseconds * len(y))) // 32 * 32)
-    for start in range(0, len(x), step):
-        part = slice(start, min(start + step, len(x)))
-        job.epilogue(tile, part, products[part], [v[..., part, :] for v in views],
-                     [None if t is None else t[..., :, part] for t in mirrors])  # fmt: skip
-        bar.add(tile.entries * (part.stop - part.start) / len(x))
-    for out, scratch in stores:
+    return _Ready(tile, views, mirrors, stores, products)
+
+
+def _finish(job: Job, ready: _Ready, bar: _Progress) -> None:
+    tile = ready.tile
+    rows, cols = ready.products.shape
+    step = max(32, int(_CALL / (1e-9 * job.nanoseconds * cols)) // 32 * 32)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        mirrors = [None if t is None else t[..., :, part] for t in ready.mirrors]
+        job.epilogue(tile, part, ready.products[part], [v[..., part, :] for v in ready.views], mirrors)
+        bar.add(tile.entries * (part.stop - part.start) / rows)
+    for out, scratch in ready.stores:
         out[..., tile.rows, tile.cols] = scratch
         if tile.mirrored and not tile.diagonal:
             out[..., tile.cols, tile.rows] = np.swapaxes(scratch, -1, -2)
