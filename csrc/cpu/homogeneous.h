@@ -48,17 +48,18 @@ static void homogeneous_layer(const Chunk<T>& c, const HomogeneousLayer& l, bool
     homogeneous_chunk<false, 2, false, false>(c, l);
 }
 
-// G / (nu |x_i| |x_j|) of the last inner matrix, from the state before the last layer.
+// G / (nu |x_i| |x_j|) of the last inner matrix, from the state before the last layer: what the layer adds, w = w_all.
 template <class T>
-static void homogeneous_last(const T* x, const T* s, T* last, int n, const HomogeneousLayer& l) {
-    const T c_h1 = T(l.c_h1), c_e = T(l.c_e), w = T(l.w_all);
+NTK_INLINE void last_pair(const T* x, const T* s, T* last, int k, const HomogeneousNumbers<T>& l, T w) {
+    PairState<T> p{wide(x[k]), s[k], wide(T(0))};
+    last[k] = w * homogeneous_step<true, 0, false>(p, l).own_w;
+}
+template <class T>
+static void homogeneous_last(const T* x, const T* s, T* last, int n, const HomogeneousLayer& layer) {
+    const HomogeneousNumbers<T> l = numbers<T>(layer);
+    const T w = T(layer.w_all);
 #pragma omp simd
-    for (int k = 0; k < n; ++k) {
-        T theta = sqrt_(T(0.5) * x[k]), z = T(0.5) * x[k];
-        theta *= angle_fit<0>(z, z * z);
-        T kappa0 = s[k] < T(0) ? theta : T(1) - theta;
-        last[k] = w * fma_(c_h1, kappa0, c_e) * s[k] * (T(1) - x[k]);
-    }
+    for (int k = 0; k < n; ++k) last_pair(x, s, last, k, l, w);
 }
 
 // The whole prefix over the first n pairs of a block. own: (n_prefix, 3, own_stride) own_w, own_v, growth of

@@ -68,7 +68,6 @@ NTK_INLINE T horner(const double (&c)[N], T x, T x2) {
     return fma_(odd, x, even);
 }
 
-NTK_CONSTANT double kPi = 3.14159265358979323846;
 NTK_CONSTANT double kInvPi = 0.318309886183790671538;
 NTK_CONSTANT double kInv2Pi = 0.159154943091895335769;
 NTK_CONSTANT double kInvSqrt2Pi = 0.398942280401432677940;
