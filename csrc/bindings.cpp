@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <limits>
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -14,6 +15,7 @@
 #endif
 
 #include "cpu/kernels.h"
+#include "table_compiler.h"
 
 namespace py = pybind11;
 
@@ -119,6 +121,51 @@ class PlanHolder {
     ntk::Plan plan_{};
 };
 
+// A compiled kernel of one angle, float64 or float32.
+class TableHolder {
+   public:
+    TableHolder(const PlanHolder& plan, const std::array<double, 4>& mix, double norm, bool single) : single_(single) {
+        const ntk::TableTask task{mix[0], mix[1], mix[2], mix[3], norm};
+        py::gil_scoped_release release;
+        if (single) report_ = ntk::compile_table(plan.plan(), task, *(float_ = std::make_unique<ntk::Table<float>>()));
+        else report_ = ntk::compile_table(plan.plan(), task, *(double_ = std::make_unique<ntk::Table<double>>()));
+    }
+    const ntk::TableReport& report() const { return report_; }
+    bool single() const { return single_; }
+    const void* data() const { return single_ ? static_cast<const void*>(float_.get()) : double_.get(); }
+    // (n,) of 1 - |rho| and sign, in the dtype of the table
+    py::array values(const py::array& x, const py::array& s, const std::string& isa) const {
+        require(report_.reached, "this table was not reached");
+        const ntk::Kernels& k = kernels(isa);
+        if (single_) return evaluate(k.table32, *float_, x, s);
+        return evaluate(k.table64, *double_, x, s);
+    }
+    // c (terms, panels), centre (panels,), panel (128,) of the bins, delta, shift: for kernels elsewhere
+    py::tuple arrays() const { return single_ ? parts(*float_) : parts(*double_); }
+
+   private:
+    template <class T>
+    static py::array evaluate(void (*f)(const ntk::Table<T>&, std::int64_t, const T*, const T*, T*), const ntk::Table<T>& t,
+                              const py::array& x, const py::array& s) {
+        const py::array_t<T, py::array::c_style | py::array::forcecast> in(x), sign(s);
+        require(in.ndim() == 1 && sign.ndim() == 1 && in.size() == sign.size(), "x and s must be vectors of one length");
+        py::array_t<T, py::array::c_style> out(in.size());
+        f(t, in.size(), in.data(), sign.data(), out.mutable_data());
+        return out;
+    }
+    template <class T>
+    static py::tuple parts(const ntk::Table<T>& t) {
+        using Shape = typename ntk::Table<T>::Shape;
+        const py::array_t<T> c({t.terms, Shape::panels}, &t.c[0][0]), centre(Shape::panels, t.centre);
+        const py::array_t<unsigned char> panel(2 * ntk::kTableBins, t.panel);
+        return py::make_tuple(c, centre, panel, t.delta, t.shift);
+    }
+    bool single_;
+    ntk::TableReport report_;
+    std::unique_ptr<ntk::Table<double>> double_;
+    std::unique_ptr<ntk::Table<float>> float_;
+};
+
 ntk::Points points_of(const py::tuple& t, const Matrix& products, std::int64_t n, std::int64_t& dim) {
     const Matrix x = matrix_of(py::cast<py::array>(t[0]), false);
     require(x.rows == n && x.single == products.single, "points and products differ in length or dtype");
@@ -135,7 +182,8 @@ void* mirror_of(const py::handle& item, const Matrix& data, std::int64_t& stride
     return m.data;
 }
 
-// products (n, m); i, j: tuples (rows, inv, norm); outputs: tuples (data, mirror, (theta, cov, mean, last), fi, fj, hi, hj);
+// products (n, m); i, j: tuples (rows, inv, norm); outputs: tuples (data, mirror, (theta, cov, mean, last), fi, fj, hi, hj,
+// Table or None), tables for all outputs or for none;
 // slices: None or (data (P, n, m), mirror (P, m, n) or None, fi, fj, readout, readout_cov, readout_const)
 void tile(const PlanHolder& plan, const py::array& products, const py::tuple& i, const py::tuple& j, const py::object& diagonal,
           double close, const py::list& outputs, const py::object& slices) {
@@ -161,6 +209,12 @@ void tile(const PlanHolder& plan, const py::array& products, const py::tuple& i,
         out.theta = mix[0], out.cov = mix[1], out.mean = mix[2], out.last = mix[3];
         out.fi = vector_of(py::cast<Doubles>(o[3]), k0.rows), out.fj = vector_of(py::cast<Doubles>(o[4]), k0.cols);
         out.hi = vector_of(py::cast<Doubles>(o[5]), k0.rows), out.hj = vector_of(py::cast<Doubles>(o[6]), k0.cols);
+        if (!o[7].is_none()) {
+            const TableHolder& table = py::cast<const TableHolder&>(o[7]);
+            require(table.report().reached && table.single() == k0.single, "the table does not belong to this dtype");
+            out.table = table.data();
+        }
+        require(outs.empty() || !outs[0].table == !out.table, "tables for all outputs or for none");
         outs.push_back(out);
     }
     t.outputs = outs.data(), t.n_outputs = int(outs.size());
@@ -265,6 +319,14 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         .def(py::init<const Doubles&, const Ints&, double, double, const Doubles&, const Ints&, const py::list&>(),
              py::arg("prefix"), py::arg("prefix_ints"), py::arg("nu"), py::arg("beta"), py::arg("suffix"),
              py::arg("suffix_ints"), py::arg("tables"));
+    py::class_<TableHolder>(m, "Table")
+        .def(py::init<const PlanHolder&, const std::array<double, 4>&, double, bool>(), py::arg("plan"), py::arg("mix"),
+             py::arg("norm"), py::arg("single"))
+        .def_property_readonly("error", [](const TableHolder& t) { return t.report().error; })
+        .def_property_readonly("reached", [](const TableHolder& t) { return t.report().reached; })
+        .def_property_readonly("panels", [](const TableHolder& t) { return t.report().panels; })
+        .def("values", &TableHolder::values, py::arg("x"), py::arg("s"), py::arg("isa") = "")
+        .def("arrays", &TableHolder::arrays);
     m.def("tile", &tile, py::arg("plan"), py::arg("products"), py::arg("i"), py::arg("j"), py::arg("diagonal"), py::arg("close"),
           py::arg("outputs"), py::arg("slices"));
     m.def("pairs", &pairs, py::arg("plan"), py::arg("x"), py::arg("s"), py::arg("norm_i"), py::arg("norm_j"), py::arg("mix"),

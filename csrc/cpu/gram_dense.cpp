@@ -1,8 +1,8 @@
 // Gram matrices of dense networks: a tile of inner products becomes kernels, block by block, in place if wanted.
 //
-//   correlations (from products, or from differences for close pairs) -> layers -> results and their mirror image
+//   correlations (from products, or from differences for close pairs) -> layers, or a table -> results and their mirror image
 //
-//   parallel   one block of 32 x 128 pairs a thread; no state outside it
+//   parallel   one patch of 128 x 128 pairs a thread, in blocks of 32 x 128; no state outside it
 //   memory     under 3 MB a thread without layer_grams
 //   compiled   once per instruction set with NTK_ISA; nothing here may have external linkage but `table`
 #include <cmath>
@@ -12,6 +12,9 @@
 #include "doors.h"
 #include "general.h"
 #include "homogeneous.h"
+#include "nodes.h"
+#include "table.h"
+#include "write.h"
 
 namespace ntk {
 namespace NTK_ISA {
@@ -24,7 +27,8 @@ struct Scratch {
     GeneralArrays general;
     RowArrays ri, rj;
     double last[kBlock], cov[kBlock];  // results of the suffix
-    T result[kBlock];
+    alignas(64) T result[kBlock];          // of a slice
+    alignas(64) T turned[8 * kPatch];      // of write_patch
 };
 
 int hermite_terms_of(const Plan& plan) {
@@ -37,30 +41,46 @@ int hermite_terms_of(const Plan& plan) {
     return most;
 }
 
-// x = 1 - |rho| and the sign of rho from the inner products; the pairs beyond rows x cols become (x, s) = (0, 1).
+constexpr int kAhead = 8;
+
+// x = 1 - |rho| and the sign of rho from the inner products; the pairs beyond rows x cols become (x, s) = (0, 1). Returns
+// the least x of the block, the diagonal apart.
 template <class T>
-void correlations(const Tile& t, std::int64_t i0, std::int64_t j0, int rows, int cols, Block<T>& b) {
+T correlations(const Tile& t, std::int64_t i0, std::int64_t j0, int rows, int cols, Block<T>& b) {
     const T* products = static_cast<const T*>(t.products) + i0 * t.stride + j0;
-    T inv[kCols];
-    for (int j = 0; j < kCols; ++j) inv[j] = j < cols ? T(t.j.inv[j0 + j]) : T(0);
-    for (int i = 0; i < kRows; ++i) {
-        T *x = b.x + i * kCols, *low = b.x_low + i * kCols, *s = b.s + i * kCols, *theta = b.theta + i * kCols;
-        const T scale = i < rows ? T(t.i.inv[i0 + i]) : T(0);
-        const T* row = products + (i < rows ? i : 0) * t.stride;
+    T inv[kCols], least[kCols];
+    for (int j = 0; j < kCols; ++j) inv[j] = j < cols ? T(t.j.inv[j0 + j]) : T(0), least[j] = T(1);
+    for (int i = 0; i < rows; ++i) {
+        T *x = b.x + i * kCols, *s = b.s + i * kCols;
+        const T scale = T(t.i.inv[i0 + i]);
+        const T* row = products + i * t.stride;
+        // The rows of a patch are far apart; the processor does not foresee the next one.
+        if (i0 + i + kAhead < t.rows)
+            for (int j = 0; j < cols; j += 64 / int(sizeof(T))) __builtin_prefetch(row + kAhead * t.stride + j, 1);
+        const std::int64_t own = t.diagonal == INT64_MIN ? -1 : i0 + i - t.diagonal - j0;
+        const bool inside = own >= 0 && own < cols;
+        const T before = inside ? least[own] : T(0);
 #pragma omp simd
         for (int j = 0; j < cols; ++j) {
             const T rho = row[j] * scale * inv[j];
-            const T gap = rho < T(0) ? T(1) + rho : T(1) - rho;
-            x[j] = gap < T(0) ? T(0) : gap;
-            s[j] = rho < T(0) ? T(-1) : T(1);
+            const T gap = at_least(T(1) - magnitude(rho), T(0));
+            x[j] = gap;
+            s[j] = sign_of(rho);
+            least[j] = gap < least[j] ? gap : least[j];
         }
         for (int j = cols; j < kCols; ++j) x[j] = T(0), s[j] = T(1);
-        for (int j = 0; j < kCols; ++j) low[j] = T(0), theta[j] = T(0), b.theta_low[i * kCols + j] = T(0);
-        if (t.diagonal != INT64_MIN) {
-            const std::int64_t j = i0 + i - t.diagonal - j0;
-            if (j >= 0 && j < cols) x[j] = T(0), s[j] = T(1);
-        }
+        if (inside) x[own] = T(0), s[own] = T(1), least[own] = before;
     }
+    for (int k = rows * kCols; k < kBlock; ++k) b.x[k] = T(0), b.s[k] = T(1);
+    T all = T(1);
+    for (int j = 0; j < cols; ++j) all = least[j] < all ? least[j] : all;
+    return all;
+}
+
+// Theta = 0 before the first layer.
+template <class T>
+void clear_state(Block<T>& b, int n) {
+    for (int k = 0; k < n; ++k) b.x_low[k] = b.theta[k] = b.theta_low[k] = T(0);
 }
 
 // Row states before the suffix: norms, and zeros beyond n.
@@ -112,60 +132,60 @@ void mix_row(const Plan& plan, const Mix& m, const Scratch<T>& s, int i, int col
         for (int j = 0; j < cols; ++j) value[j] += m.last * double(s.block.last[at + j]);
 }
 
-// A store past the caches: a mirrored block touches 128 rows of the result far apart, whose old contents would only be
-// fetched to be overwritten.
-#ifdef __x86_64__
-void stream(double* to, double value) {
-    long long b;
-    __builtin_memcpy(&b, &value, sizeof b);
-    __builtin_ia32_movnti64(reinterpret_cast<long long*>(to), b);
-}
-void stream(float* to, float value) {
-    int b;
-    __builtin_memcpy(&b, &value, sizeof b);
-    __builtin_ia32_movnti(reinterpret_cast<int*>(to), b);
-}
-// Streamed stores of this thread become visible to the others.
-void finish_streams() { __builtin_ia32_sfence(); }
-#else
+// The results of a block by the layers, (rows, kCols) each.
 template <class T>
-void stream(T* to, T value) { *to = value; }
-void finish_streams() {}
-#endif
-
-// The block of results goes to out (row by row) and, transposed, to the mirror. On a tile of the diagonal only pairs above
-// it are written; `below` is the column, relative to the block, of the first row's own point (INT64_MIN: no such tile).
-template <class T>
-void write_block(const T* result, int rows, int cols, std::int64_t below, T* out, std::int64_t stride, T* mirror,
-                 std::int64_t mirror_stride) {
-    const bool triangle = mirror && below != INT64_MIN;
-    for (int i = 0; i < rows; ++i) {
-        const std::int64_t first = triangle && below + i > 0 ? below + i : 0;
-        for (std::int64_t j = first; j < cols; ++j) out[i * stride + j] = result[i * kCols + j];
-    }
-    if (!mirror) return;
-    for (int j = 0; j < cols; ++j) {
-        const std::int64_t above = triangle ? j - below : rows;  // rows above the diagonal in column j
-        const int last = above > rows ? rows : int(above);
-        for (int i = 0; i < last; ++i) stream(mirror + j * mirror_stride + i, result[i * kCols + j]);
-    }
-}
-
-template <class T>
-void write_outputs(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, int rows, int cols, Scratch<T>& s) {
+void layer_results(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, int rows, int cols, Scratch<T>& s,
+                   T* results) {
     double value[kCols];
-    const std::int64_t below = t.diagonal == INT64_MIN ? INT64_MIN : i0 - t.diagonal - j0;
-    for (int o = 0; o < t.n_outputs; ++o) {
+    for (int o = 0; o < t.n_outputs; ++o, results += kPatch * kCols) {
         const Output& out = t.outputs[o];
         const double *fj = out.fj + j0, *hj = out.hj + j0;
         for (int i = 0; i < rows; ++i) {
             mix_row(plan, {out.theta, out.cov, out.mean, out.last}, s, i, cols, false, value);
             const double fi = out.fi[i0 + i], hi = out.hi[i0 + i];
-            T* row = s.result + i * kCols;
+            T* row = results + i * kCols;
             for (int j = 0; j < cols; ++j) row[j] = T(value[j] * fi * fj[j] + hi * hj[j]);
         }
-        write_block(s.result, rows, cols, below, static_cast<T*>(out.data) + i0 * out.stride + j0, out.stride,
-                    out.mirror ? static_cast<T*>(out.mirror) + j0 * out.mirror_stride + i0 : nullptr, out.mirror_stride);
+    }
+}
+
+// One side of the factors in the type of the results. False if they leave its range, where only double will do.
+NTK_INLINE bool narrow(const double* f, int n, double* to) {
+    for (int k = 0; k < n; ++k) to[k] = f[k];
+    return true;
+}
+NTK_INLINE bool narrow(const double* f, int n, float* to) {
+    int outside = 0;
+#pragma omp simd reduction(+ : outside)
+    for (int k = 0; k < n; ++k) {
+        to[k] = float(f[k]);
+        outside += f[k] != 0.0 && !(f[k] > 0x1p-40 && f[k] < 0x1p40) ? 1 : 0;
+    }
+    return outside == 0;
+}
+
+// The same by tables.
+template <class T>
+void table_results(const Tile& t, std::int64_t i0, std::int64_t j0, int rows, int cols, const Block<T>& b, T* results) {
+    T fj[kCols], hj[kCols], fi[kRows], hi[kRows];
+    for (int o = 0; o < t.n_outputs; ++o, results += kPatch * kCols) {
+        const Output& out = t.outputs[o];
+        const Table<T>& table = *static_cast<const Table<T>*>(out.table);
+        bool fits = narrow(out.fi + i0, rows, fi);
+        fits = narrow(out.hi + i0, rows, hi) && fits;
+        fits = narrow(out.fj + j0, cols, fj) && fits;
+        fits = narrow(out.hj + j0, cols, hj) && fits;
+        for (int i = 0; i < rows; ++i) {
+            T* row = results + i * kCols;
+            table_row(table, b.x + i * kCols, b.s + i * kCols, row, cols);
+            if (fits) {
+                const T f = fi[i], h = hi[i];
+                for (int j = 0; j < cols; ++j) row[j] = fma_(row[j] * f, fj[j], h * hj[j]);
+            } else {
+                const double f = out.fi[i0 + i], h = out.hi[i0 + i];
+                for (int j = 0; j < cols; ++j) row[j] = T(double(row[j]) * f * out.fj[j0 + j] + h * out.hj[j0 + j]);
+            }
+        }
     }
 }
 
@@ -179,7 +199,7 @@ void write_slice(const Tile& t, int slice, std::int64_t i0, std::int64_t j0, int
             s.result[i * kCols + j] = T(s.cov[i * kCols + j] * out.fi[i0 + i] * out.fj[j0 + j] + constant);
     T* data = static_cast<T*>(out.data) + slice * out.slice_stride + i0 * out.stride + j0;
     T* mirror = out.mirror ? static_cast<T*>(out.mirror) + slice * out.slice_stride + j0 * out.mirror_stride + i0 : nullptr;
-    write_block(s.result, rows, cols, below, data, out.stride, mirror, out.mirror_stride);
+    write_patch(s.result, rows, cols, below, data, out.stride, mirror, out.mirror_stride, s.turned);
 }
 
 // What every layer added itself and did to earlier Grams, for layer_grams.
@@ -234,13 +254,15 @@ void write_slices(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t
     }
 }
 
+// results: (n_outputs, kPatch, kCols), the block's first row; untouched if there are slices.
 template <class T>
-void block(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, int most_rows, Scratch<T>& s,
-           const OwnTerms<T>& own) {
-    const int rows = t.rows - i0 < most_rows ? int(t.rows - i0) : most_rows;
-    const int cols = t.cols - j0 < kCols ? int(t.cols - j0) : kCols;
-    correlations(t, i0, j0, rows, cols, s.block);
-    if (t.close > 0.0) close_pairs(t, i0, j0, rows, cols, s.block, s.differences);
+void block(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, int rows, int cols, Scratch<T>& s,
+           const OwnTerms<T>& own, T* results) {
+    const T least = correlations(t, i0, j0, rows, cols, s.block);
+    const bool table = t.n_outputs && t.outputs[0].table;
+    if (!table) clear_state(s.block, rows * kCols);
+    if (least < T(t.close)) close_pairs(t, i0, j0, rows, cols, s.block, s.differences);
+    if (table) return table_results(t, i0, j0, rows, cols, s.block, results);
     bool last = false;
     for (int o = 0; o < t.n_outputs; ++o) last = last || t.outputs[o].last != 0.0;
     homogeneous_block(plan, s.block, rows * kCols, last && plan.n_suffix == 0, own.prefix, own.stride);
@@ -251,7 +273,28 @@ void block(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, in
         general_block<false>(plan, s.ri, s.rj, rows, cols, s.general, own.suffix, own.stride, s.last, s.cov);
     }
     if (t.slices.data) return write_slices(plan, t, i0, j0, rows, cols, s, own);
-    write_outputs(plan, t, i0, j0, rows, cols, s);
+    layer_results(plan, t, i0, j0, rows, cols, s, results);
+}
+
+// A patch of up to kPatch x kCols pairs, in blocks of most_rows; below the diagonal of a tile nothing is computed.
+template <class T>
+void patch(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, int most_rows, bool upper, Scratch<T>& s,
+           const OwnTerms<T>& own, T* results) {
+    const int rows = t.rows - i0 < kPatch ? int(t.rows - i0) : kPatch, cols = t.cols - j0 < kCols ? int(t.cols - j0) : kCols;
+    const std::int64_t below = t.diagonal == INT64_MIN ? INT64_MIN : i0 - t.diagonal - j0;
+    for (int i = 0; i < rows; i += most_rows) {
+        // Half a row: table_row writes whole 64 pairs.
+        const std::int64_t first = upper && below + i >= 64 ? 64 : 0;
+        if (first >= cols) break;
+        const int size = rows - i < most_rows ? rows - i : most_rows;
+        block<T>(plan, t, i0 + i, j0 + first, size, cols - int(first), s, own, results + i * kCols + first);
+    }
+    for (int o = 0; o < t.n_outputs && !t.slices.data; ++o) {
+        const Output& out = t.outputs[o];
+        T* mirror = out.mirror ? static_cast<T*>(out.mirror) + j0 * out.mirror_stride + i0 : nullptr;
+        write_patch(results + o * kPatch * kCols, rows, cols, below, static_cast<T*>(out.data) + i0 * out.stride + j0,
+                    out.stride, mirror, out.mirror_stride, s.turned);
+    }
 }
 
 // Rows of a block: fewer where layer_grams keeps every layer, so that a thread stays under 16 MB.
@@ -268,17 +311,18 @@ bool tile(const Plan& plan, const Tile& t) {
     bool failed = false;
     const bool slices = t.slices.data != nullptr;
     const int most = rows_of_block(plan, t);
-    const std::int64_t bands = (t.rows + most - 1) / most, columns = (t.cols + kCols - 1) / kCols;
+    const std::int64_t bands = (t.rows + kPatch - 1) / kPatch, columns = (t.cols + kCols - 1) / kCols;
     const std::size_t hermite = std::size_t(hermite_terms_of(plan)) * kCols, size = std::size_t(most) * kCols;
-    // Blocks of a tile on the diagonal start at the diagonal: the pairs below it come from the mirror.
+    // Patches of a tile on the diagonal start at the diagonal: the pairs below it come from the mirror.
     const bool upper = t.diagonal != INT64_MIN && (slices ? t.slices.mirror : t.outputs[0].mirror);
-#pragma omp parallel
+    // Waking a second thread costs more than a few patches.
+#pragma omp parallel if (bands * columns > 4)
     {
         Buffer<Scratch<T>> scratch(1);
-        Buffer<T> prefix(slices ? 3 * size * plan.n_prefix : 0);
+        Buffer<T> prefix(slices ? 3 * size * plan.n_prefix : 0), results(slices ? 0 : std::size_t(t.n_outputs) * kPatch * kCols);
         Buffer<double> suffix(slices ? 4 * size * plan.n_suffix : 0), coefficients(2 * hermite);
         const OwnTerms<T> own{prefix.data, suffix.data, std::int64_t(size)};
-        const bool ready = scratch.data && prefix.ready() && suffix.ready() && coefficients.ready();
+        const bool ready = scratch.data && prefix.ready() && results.ready() && suffix.ready() && coefficients.ready();
         if (ready) {
             scratch.data->ri.hermite = coefficients.data;
             scratch.data->rj.hermite = coefficients.data + hermite;
@@ -289,10 +333,10 @@ bool tile(const Plan& plan, const Tile& t) {
 #pragma omp for collapse(2) schedule(dynamic)
         for (std::int64_t band = 0; band < bands; ++band)
             for (std::int64_t column = 0; column < columns; ++column) {
-                const std::int64_t i0 = band * most;
+                const std::int64_t i0 = band * kPatch;
                 const std::int64_t start = upper ? i0 - t.diagonal : 0;  // column of the first row's own point
                 const std::int64_t j0 = column * kCols + (start > 0 ? start : 0);
-                if (ready && j0 < t.cols) block<T>(plan, t, i0, j0, most, *scratch.data, own);
+                if (ready && j0 < t.cols) patch<T>(plan, t, i0, j0, most, upper, *scratch.data, own, results.data);
             }
         finish_streams();
     }
@@ -340,13 +384,16 @@ bool pairs(const Plan& plan, const Pairs& p) {
     return !failed;
 }
 
+bool nodes(const Plan& plan, const Pairs& p) { return plan.n_suffix ? pairs<double>(plan, p) : prefix_nodes(plan, p); }
+
 }  // namespace
 
 #define NTK_STRING2(x) #x
 #define NTK_STRING(x) NTK_STRING2(x)
 extern const Kernels table;
-const Kernels table = {NTK_STRING(NTK_ISA), tile<double>,    tile<float>,   pairs<double>,  pairs<float>, squares<double>,
-                       squares<float>,      rows,            scalar<double>, scalar<float>, dual};
+const Kernels table = {NTK_STRING(NTK_ISA), tile<double>,         tile<float>,     pairs<double>,  pairs<float>, nodes,
+                       table_values<double>, table_values<float>, squares<double>, squares<float>, rows,         scalar<double>,
+                       scalar<float>,       dual};
 
 }  // namespace NTK_ISA
 }  // namespace ntk

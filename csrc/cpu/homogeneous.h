@@ -51,7 +51,7 @@ static void homogeneous_layer(const Chunk<T>& c, const HomogeneousLayer& l, bool
 // G / (nu |x_i| |x_j|) of the last inner matrix, from the state before the last layer: what the layer adds, w = w_all.
 template <class T>
 NTK_INLINE void last_pair(const T* x, const T* s, T* last, int k, const HomogeneousNumbers<T>& l, T w) {
-    PairState<T> p{wide(x[k]), s[k], wide(T(0))};
+    PairState<T> p{{x[k]}, s[k], {T(0)}};
     last[k] = w * homogeneous_step<true, 0, false>(p, l).own_w;
 }
 template <class T>

@@ -4,6 +4,7 @@
 
 #include "../math/hermite.h"
 #include "../math/layer.h"
+#include "../math/table.h"
 
 namespace ntk {
 
@@ -27,6 +28,7 @@ struct Output {
     double theta, cov, mean, last;
     const double *fi, *fj;  // (rows,), (cols,)
     const double *hi, *hj;  // (rows,), (cols,)
+    const void* table;      // Table<T> of the sum in brackets, which then replaces the layers; null for none
 };
 
 // All slices of layer_grams: G_h,ij = own term of layer h times the factors of the later layers, times f_i f_j.
@@ -80,6 +82,11 @@ struct Kernels {
     bool (*tile32)(const Plan&, const Tile&);
     bool (*pairs64)(const Plan&, const Pairs&);
     bool (*pairs32)(const Plan&, const Pairs&);
+    // as pairs64 with sums that keep their rounding errors, for the compiler of tables
+    bool (*nodes)(const Plan&, const Pairs&);
+    // out[k] = the compiled kernel of (x[k], s[k])
+    void (*table64)(const Table<double>&, std::int64_t n, const double* x, const double* s, double* out);
+    void (*table32)(const Table<float>&, std::int64_t n, const float* x, const float* s, float* out);
     // out[i] = sum_k x[i,k]^2, each as if in twice the precision
     void (*squares64)(const double* x, std::int64_t n, std::int64_t d, std::int64_t stride, double* out);
     void (*squares32)(const float* x, std::int64_t n, std::int64_t d, std::int64_t stride, double* out);

@@ -36,11 +36,11 @@ NTK_INLINE HomogeneousNumbers<T> numbers(const HomogeneousLayer& l) {
 }
 
 // State of a pair: x = 1 - |rho|, s = sign of rho, theta = Theta / (nu |x_i| |x_j|).
-template <class T>
+template <class T, class W = Wide<T>>
 struct PairState {
-    Wide<T> x;
+    W x;
     T s;
-    Wide<T> theta;
+    W theta;
 };
 
 // What a layer adds itself, and what it does to earlier Grams, all divided by nu'.
@@ -56,8 +56,8 @@ struct LayerTerms {
 //   an increment, so that a thousand layers lose nothing. a + c D - 1 = -drift - c h1 theta for rho >= 0: there
 //   c (e + h1) = c h0 cancels against 1 - a exactly.
 //   SIGNED = false (rho >= 0 is certain) and OUTER = false (v = 0) drop what is not needed.
-template <bool SIGNED, int RANGE, bool OUTER, class T>
-NTK_INLINE LayerTerms<T> homogeneous_step(PairState<T>& p, const HomogeneousNumbers<T>& l) {
+template <bool SIGNED, int RANGE, bool OUTER, class T, class W>
+NTK_INLINE LayerTerms<T> homogeneous_step(PairState<T, W>& p, const HomogeneousNumbers<T>& l) {
     T x = p.x.hi;
     Arc<T> u = arc<RANGE>(x);
     bool negative = SIGNED && p.s < T(0);
@@ -77,9 +77,9 @@ NTK_INLINE LayerTerms<T> homogeneous_step(PairState<T>& p, const HomogeneousNumb
     if (SIGNED) {
         bool flip = p.x.hi > T(1);
         // From below 0 to above: 1 - rho' = turn - (a + c e)(1 + rho) - c h1 g, small if abs meets opposite points.
-        Wide<T> above = wide(fma_(-l.c_h1, u.area, fma_(l.decay - l.c_e - T(1), x, l.turn)));
-        Wide<T> below = two_minus(p.x);
-        Wide<T> other = negative ? above : below;
+        W above = {fma_(-l.c_h1, u.area, fma_(l.decay - l.c_e - T(1), x, l.turn))};
+        W below = two_minus(p.x);
+        W other = negative ? above : below;
         p.x = flip ? other : p.x;
         p.s = flip ? -p.s : p.s;
     }

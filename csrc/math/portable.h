@@ -20,7 +20,12 @@ NTK_INLINE double sqrt_(double x) { return ::sqrt(x); }
 NTK_INLINE float sqrt_(float x) { return ::sqrtf(x); }
 NTK_INLINE double fma_(double a, double b, double c) { return ::fma(a, b, c); }
 NTK_INLINE float fma_(float a, float b, float c) { return ::fmaf(a, b, c); }
+NTK_INLINE double magnitude(double x) { return ::fabs(x); }
+NTK_INLINE float magnitude(float x) { return ::fabsf(x); }
+NTK_INLINE double sign_of(double x) { return ::copysign(1.0, x); }
+NTK_INLINE float sign_of(float x) { return ::copysignf(1.0f, x); }
 NTK_INLINE long long bits(double x) { return __double_as_longlong(x); }
+NTK_INLINE int bits(float x) { return __float_as_int(x); }
 NTK_INLINE double from_bits(long long b) { return __longlong_as_double(b); }
 #else
 NTK_INLINE double sqrt_(double x) { return __builtin_sqrt(x); }
@@ -33,8 +38,17 @@ NTK_INLINE float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c
 NTK_INLINE double fma_(double a, double b, double c) { return a * b + c; }
 NTK_INLINE float fma_(float a, float b, float c) { return a * b + c; }
 #endif
+NTK_INLINE double magnitude(double x) { return __builtin_fabs(x); }
+NTK_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
+NTK_INLINE double sign_of(double x) { return __builtin_copysign(1.0, x); }
+NTK_INLINE float sign_of(float x) { return __builtin_copysignf(1.0f, x); }
 NTK_INLINE long long bits(double x) {
     long long b;
+    __builtin_memcpy(&b, &x, sizeof b);
+    return b;
+}
+NTK_INLINE int bits(float x) {
+    int b;
     __builtin_memcpy(&b, &x, sizeof b);
     return b;
 }
@@ -72,28 +86,42 @@ NTK_CONSTANT double kInvPi = 0.318309886183790671538;
 NTK_CONSTANT double kInv2Pi = 0.159154943091895335769;
 NTK_CONSTANT double kInvSqrt2Pi = 0.398942280401432677940;
 
-// A sum that keeps its rounding errors: two floats for float, a plain double for double (1e-16 a layer is enough).
+// A plain sum, and one that keeps its rounding errors (Kahan): |d| <= |hi| but for the first layer. Compile without
+// contraction and without reassociation.
 template <class T>
-struct Wide;
-template <>
-struct Wide<double> {
-    double hi;
+struct Plain {
+    T hi;
 };
-template <>
-struct Wide<float> {
-    float hi, lo;
+template <class T>
+struct Kahan {
+    T hi, lo = T(0);
 };
-NTK_INLINE Wide<double> add(Wide<double> a, double d) { return {a.hi + d}; }
-// Kahan's sum: |d| <= |hi| but for the first layer. Compile without contraction and without reassociation.
-NTK_INLINE Wide<float> add(Wide<float> a, float d) {
-    float y = d + a.lo;
-    float s = a.hi + y;
+template <class T>
+NTK_INLINE Plain<T> add(Plain<T> a, T d) { return {a.hi + d}; }
+template <class T>
+NTK_INLINE Kahan<T> add(Kahan<T> a, T d) {
+    T y = d + a.lo;
+    T s = a.hi + y;
     return {s, y - (s - a.hi)};
 }
-NTK_INLINE Wide<double> wide(double a) { return {a}; }
-NTK_INLINE Wide<float> wide(float a) { return {a, 0.0f}; }
 // 2 - a
-NTK_INLINE Wide<double> two_minus(Wide<double> a) { return {2.0 - a.hi}; }
-NTK_INLINE Wide<float> two_minus(Wide<float> a) { return {2.0f - a.hi, -a.lo}; }
+template <class T>
+NTK_INLINE Plain<T> two_minus(Plain<T> a) { return {T(2) - a.hi}; }
+template <class T>
+NTK_INLINE Kahan<T> two_minus(Kahan<T> a) { return {T(2) - a.hi, -a.lo}; }
+
+// What the layers of a network add up in: two floats for float, a plain double for double (1e-16 a layer is enough).
+template <class T>
+struct WideOf;
+template <>
+struct WideOf<double> {
+    using type = Plain<double>;
+};
+template <>
+struct WideOf<float> {
+    using type = Kahan<float>;
+};
+template <class T>
+using Wide = typename WideOf<T>::type;
 
 }  // namespace ntk

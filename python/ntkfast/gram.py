@@ -21,6 +21,7 @@ from ntkfast._arrays import (
     result_dtype,
 )
 from ntkfast._plan import Compiled, Mix, compile_network, mix_of
+from ntkfast._table import Path, choose
 from ntkfast._tiles import Job, Tile, product, run, side_of
 from ntkfast.network import Network
 
@@ -55,17 +56,27 @@ class _Problem:
         self.symmetric = y is None
         norms = [self.x.norm] if self.symmetric else [self.x.norm, self.y.norm]
         self.compiled = compile_network(net, norms, self.dtype)
+        self._norms = norms
 
-    @property
-    def nanoseconds(self) -> float:
+    def path(self, mixes: Sequence[Mix]) -> Path:
+        """Table or recursion."""
+        n, m = self.shape
+        pairs = 0.5 * n * (n + 1) if self.symmetric else float(n) * m
+        return choose(self.net, self.compiled, mixes, self._norms, self.dtype, pairs)
+
+    def nanoseconds(self, path: Path) -> float:
         """Rough time of one pair on all threads, for the length of a call (not for promises)."""
+        if path.tables is not None:
+            return 1.0
         one = 1.5 * self.compiled.layers + 12.0 * self.compiled.suffix_layers
         return max(1.0, one * (1 if self.compiled.table_bytes == 0 else 4)) / _core.threads()
 
 
-def _unit(compiled: Compiled, mix: Mix, single: bool) -> float:
-    """A result of two equal unit-norm points, before the readout's constant (prefix only)."""
+def _unit(compiled: Compiled, mix: Mix, single: bool, table: Any) -> float:
+    """A result of two equal points, before the readout's constant, where it is the same for all of them but for norms."""
     one = np.ones(1)
+    if table is not None:
+        return float(table.values(np.zeros(1), one)[0])
     return float(_core.pairs(compiled.core, np.zeros(1), one, one, one, mix.as_list(), single)[0])
 
 
@@ -76,13 +87,14 @@ def _equal_pairs(compiled: Compiled, mix: Mix, points: Points) -> Vector:
         return np.asarray(_core.pairs(compiled.core, np.zeros(n), np.ones(n), points.norm, points.norm, mix.as_list()))
 
 
-def _scaled(compiled: Compiled, mix: Mix, points: Points, single: bool) -> tuple[Vector, Vector]:
+def _scaled(compiled: Compiled, mix: Mix, points: Points, single: bool, table: Any) -> tuple[Vector, Vector]:
     """(d, f): the diagonal is d f^2 + constant, and K_ij = (..) f_i f_j + constant, unnormalised."""
+    n = len(points)
     with np.errstate(over="ignore"):
-        if compiled.prefix_only:
-            f = np.ldexp(points.norm * compiled.root, compiled.exponent)
-            return np.full(len(points), _unit(compiled, mix, single)), f
-        return _equal_pairs(compiled, mix, points), np.full(len(points), np.ldexp(1.0, compiled.exponent))
+        f = np.ldexp(points.norm * compiled.root if compiled.prefix_only else np.ones(n), compiled.exponent)
+        if compiled.prefix_only or table is not None:
+            return np.full(n, _unit(compiled, mix, single, table)), f
+        return _equal_pairs(compiled, mix, points), f
 
 
 def _refuse_overflow(values: Vector, name: str, get: str, dtype: np.dtype[Any], hint: str) -> None:
@@ -99,11 +111,11 @@ def _refuse_overflow(values: Vector, name: str, get: str, dtype: np.dtype[Any], 
 
 
 def _factors(
-    problem: _Problem, get: str, mix: Mix, points: Points, name: str, normalize: bool
+    problem: _Problem, get: str, mix: Mix, points: Points, name: str, normalize: bool, table: Any
 ) -> tuple[Vector, Vector, Vector]:
     """(f, h, diagonal) of one side: K_ij = (..) f_i f_j + h_i h_j."""
     compiled = problem.compiled
-    d, f = _scaled(compiled, mix, points, problem.dtype == np.float32)
+    d, f = _scaled(compiled, mix, points, problem.dtype == np.float32, table)
     root = np.sqrt(mix.constant)
     if not normalize:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -255,21 +267,24 @@ def gram(
     kinds = _check_kinds(get)
     problem = _Problem(net, X, Y, dtype, device)
     mixes = [mix_of(net, kind) for kind in kinds]
-    left = [_factors(problem, k, mix, problem.x, "X", normalize) for k, mix in zip(kinds, mixes, strict=True)]
+    path = problem.path(mixes)
+    tables = path.tables or (None,) * len(kinds)
+    wanted = list(zip(kinds, mixes, tables, strict=True))
+    left = [_factors(problem, k, mix, problem.x, "X", normalize, table) for k, mix, table in wanted]
     right = left
     if not problem.symmetric:
-        right = [_factors(problem, k, mix, problem.y, "Y", normalize) for k, mix in zip(kinds, mixes, strict=True)]
+        right = [_factors(problem, k, mix, problem.y, "Y", normalize, table) for k, mix, table in wanted]
     outs = _allocate(out, [problem.shape] * len(kinds), problem.dtype, kinds, [problem.x.rows, problem.y.rows])
 
     def outputs(tile: Tile, rows: slice, views: list[Array], mirrors: list[Array | None]) -> tuple[list[Any], Any]:
-        sides = zip(views, mirrors, mixes, left, right, strict=True)
+        sides = zip(views, mirrors, mixes, left, right, tables, strict=True)
         return [
-            (view, mirror, mix.as_list(), f[rows], g[tile.cols], h[rows], k[tile.cols])
-            for view, mirror, mix, (f, h, _), (g, k, _) in sides
+            (view, mirror, mix.as_list(), f[rows], g[tile.cols], h[rows], k[tile.cols], table)
+            for view, mirror, mix, (f, h, _), (g, k, _), table in sides
         ], None
 
     run(Job(problem.x.rows, problem.y.rows, tuple(outs), problem.symmetric, _epilogue(problem, outputs),
-            problem.nanoseconds, progress))  # fmt: skip
+            problem.nanoseconds(path), progress))  # fmt: skip
     if problem.symmetric and normalize:
         for array, (_, _, diagonal) in zip(outs, left, strict=True):
             _set_diagonal(array, diagonal)
@@ -328,10 +343,10 @@ def layer_grams(
     problem = _Problem(net, X, Y, dtype, device)
     count, readout = len(net.slices), net.readout
     mix = mix_of(net, "ntk")
-    left = _factors(problem, "ntk", mix, problem.x, "X", False)[0] * np.sqrt(readout.weight_variance)
+    left = _factors(problem, "ntk", mix, problem.x, "X", False, None)[0] * np.sqrt(readout.weight_variance)
     right = left
     if not problem.symmetric:
-        right = _factors(problem, "ntk", mix, problem.y, "Y", False)[0] * np.sqrt(readout.weight_variance)
+        right = _factors(problem, "ntk", mix, problem.y, "Y", False, None)[0] * np.sqrt(readout.weight_variance)
     outs = _allocate(out, [(count, *problem.shape)], problem.dtype, ["layer_grams"], [problem.x.rows, problem.y.rows])
 
     def outputs(tile: Tile, rows: slice, views: list[Array], mirrors: list[Array | None]) -> tuple[list[Any], Any]:
@@ -340,7 +355,7 @@ def layer_grams(
 
     if count:
         run(Job(problem.x.rows, problem.y.rows, tuple(outs), problem.symmetric, _epilogue(problem, outputs),
-                problem.nanoseconds, progress))  # fmt: skip
+                problem.nanoseconds(Path(None, "layer_grams")), progress))  # fmt: skip
     return outs[0] if out is not None else problem.wrap(outs[0])
 
 
@@ -371,7 +386,9 @@ def diagonal(net: Network, X: Any, *, get: str = "ntk", dtype: Any = None) -> An
         raise ValueError(f"diagonal takes one kind, got get={get!r}; use one of {', '.join(KINDS)}")
     (kind,) = _check_kinds(get)
     problem = _Problem(net, X, None, dtype, None)
-    values = _factors(problem, kind, mix_of(net, kind), problem.x, "X", False)[2]
+    mix = mix_of(net, kind)
+    tables = problem.path([mix]).tables
+    values = _factors(problem, kind, mix, problem.x, "X", False, tables[0] if tables else None)[2]
     return problem.wrap(values.astype(problem.dtype))
 
 
@@ -382,35 +399,42 @@ def plan(net: Network, X: Any) -> str:
     compiled = problem.compiled
     out = np.empty((0, 0), dtype=problem.dtype)
     side = min(n, side_of(Job(problem.x.rows, problem.x.rows, (out,), True, lambda *_: None, 1.0)))
-    if compiled.prefix_only:
-        why = (f"recursion on correlations: {compiled.layers} layers without biases, positively homogeneous "
-               "activations, norms factor out")  # fmt: skip
+    path = problem.path([mix_of(net, "ntk")])
+    depth = compiled.layers + compiled.suffix_layers
+    if path.tables is not None:
+        table = path.tables[0]
+        why = (f"table: {depth} layers compiled to polynomials on {table.panels} panels ({path.why}), verified to "
+               f"{table.error:.1e}")  # fmt: skip
+    elif compiled.prefix_only:
+        why = (f"recursion on correlations: {depth} layers without biases, positively homogeneous activations, norms "
+               f"factor out; no table: {path.why}")  # fmt: skip
     else:
         head = f"{compiled.layers} on correlations, then " if compiled.layers else ""
-        why = (f"recursion: {head}{compiled.suffix_layers} layers on half squared distances in float64 (biases, or "
-               "activations that are not positively homogeneous)")  # fmt: skip
+        why = (f"recursion: {head}{compiled.suffix_layers} layers on half squared distances in float64; no table: "
+               f"{path.why}")  # fmt: skip
     if compiled.table_bytes:
         why += f"; Hermite tables of {compiled.table_bytes / 1e6:.1f} MB"
     tiles = -(-n // side)
     size = n * n * problem.dtype.itemsize
     return (f"{why}\n{n} points of {d} features, {problem.dtype}, {_core.isa()} with {_core.threads()} threads; "
             f"products by BLAS in {tiles * (tiles + 1) // 2} tiles of {side} rows, in place\n"
-            f"result {size / 1e6:,.0f} MB; about {_estimate(problem, n):.2g} s")  # fmt: skip
+            f"result {size / 1e6:,.0f} MB; about {_estimate(problem, n, path):.2g} s")  # fmt: skip
 
 
-def _estimate(problem: _Problem, n: int) -> float:
+def _estimate(problem: _Problem, n: int, path: Path) -> float:
     """Seconds for a symmetric Gram matrix, from a small one of the same rows."""
     small = min(n, 256)
     x = problem.x.rows[:small]
     scratch = np.empty((small, small), dtype=problem.dtype)
     part = slice(0, small)
     ones = np.ones(small)
+    table = path.tables[0] if path.tables else None
     times = []
     for _ in range(2):  # the first run starts the threads
         start = time.perf_counter()
         product(x, x.copy(), scratch)
         middle = time.perf_counter()
-        out = [(scratch, None, [1.0, 1.0, 0.0, 0.0], ones, ones, ones, ones)]
+        out = [(scratch, None, [1.0, 1.0, 0.0, 0.0], ones, ones, ones, ones, table)]
         _core.tile(problem.compiled.core, scratch, problem.x.tile(part), problem.x.tile(part), None, 0.0, out, None)
         times = [middle - start, time.perf_counter() - middle]
     return (n / small) ** 2 * (times[0] + times[1]) / 2 * (1 if n > small else 2)
