@@ -205,7 +205,7 @@ def _tile_call(net: Network, dtype: str, unit: bool) -> Callable[[], object]:
     products = x[:rows] @ x[rows:].T
     result = np.empty_like(products)
     ones, zeros = (np.ones(rows), np.ones(cols)), (np.zeros(rows), np.zeros(cols))
-    outputs = [(result, None, mix_of(net, "ntk").as_list(), *ones, *zeros)]
+    outputs = [(result, None, mix_of(net, "ntk").as_list(), *ones, *zeros, None)]
     sides = problem.x.tile(slice(0, rows)), problem.y.tile(slice(0, cols))
     return lambda: _core.tile(problem.compiled.core, products, *sides, None, 0.0, outputs, None)
 
