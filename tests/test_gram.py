@@ -729,6 +729,7 @@ print("ready", flush=True)
 def test_other_threads_run_meanwhile(monkeypatch):
     # Long calls, so that a thread that only runs between them would hardly get a turn.
     monkeypatch.setattr(_tiles, "_CALL", 100.0)
+    monkeypatch.setenv("NTKFAST_PATH", "recursion")
     net, X = nf.resnet(600), points(1200, 4, 38)
     ticks, stop = 0, threading.Event()
 
