@@ -92,7 +92,19 @@ struct Kernels {
                  const double* x, const double* s, double* w, double* d, double* side);
 };
 
+// Inner products of rows, out[i, j] = <x_i, y_j>; y null: symmetric, m = n. wide: float32 rows, sums in float64.
+struct Products {
+    bool (*product64)(const double* x, std::int64_t n, std::int64_t d, std::int64_t stride, const double* y, std::int64_t m,
+                      std::int64_t y_stride, double* out, std::int64_t out_stride, bool wide);
+    bool (*product32)(const float* x, std::int64_t n, std::int64_t d, std::int64_t stride, const float* y, std::int64_t m,
+                      std::int64_t y_stride, float* out, std::int64_t out_stride, bool wide);
+    // fused multiply-adds from registers only; returns the operations of all threads, 2 an fma
+    double (*peak64)(std::int64_t rounds);
+    double (*peak32)(std::int64_t rounds);
+};
+
 const Kernels& kernels();                    // chosen once, obeys NTKFAST_ISA
 const Kernels* kernels_of(const char* isa);  // null if this build or processor lacks it
+const Products* products_of(const char* isa);  // the same
 
 }  // namespace ntk
