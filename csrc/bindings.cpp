@@ -53,8 +53,8 @@ Matrix matrix_of(const py::array& a, bool write) {
     const bool single = py::isinstance<py::array_t<float>>(a);
     require(single || py::isinstance<py::array_t<double>>(a), "float32 or float64 is needed");
     const py::ssize_t item = a.itemsize();
-    require(a.shape(1) <= 1 || a.strides(1) == item, "rows must be contiguous");
-    require(a.strides(0) % item == 0, "the row stride must be a multiple of the item size");
+    require(a.size() == 0 || a.shape(1) == 1 || a.strides(1) == item, "rows must be contiguous");
+    require(a.size() == 0 || a.strides(0) % item == 0, "the row stride must be a multiple of the item size");
     require(!write || a.writeable(), "the array is read-only");
     return {const_cast<void*>(a.data()), a.shape(0), a.shape(1), a.strides(0) / item, single};
 }
@@ -223,13 +223,11 @@ void product(const py::array& x, const py::object& y, const py::array& out, bool
     const Matrix b = y.is_none() ? a : matrix_of(py::cast<py::array>(y), false);
     require(a.cols == b.cols && a.single == b.single, "rows differ in length or dtype");
     require(result.rows == a.rows && result.cols == b.rows && result.single == a.single, "the output has the wrong shape");
-    const ntk::Products& p = products(isa);
-    const void* other = y.is_none() ? nullptr : b.data;
+    const ntk::Product p{a.data, a.rows, a.cols, a.stride, b.data, b.rows, b.stride, result.data, result.stride,
+                         y.is_none(), wide};
+    const ntk::Products& k = products(isa);
     py::gil_scoped_release release;
-    enough(a.single ? p.product32(static_cast<const float*>(a.data), a.rows, a.cols, a.stride, static_cast<const float*>(other),
-                                  b.rows, b.stride, static_cast<float*>(result.data), result.stride, wide)
-                    : p.product64(static_cast<const double*>(a.data), a.rows, a.cols, a.stride, static_cast<const double*>(other),
-                                  b.rows, b.stride, static_cast<double*>(result.data), result.stride, wide));
+    enough((a.single ? k.product32 : k.product64)(p));
 }
 
 // Operations of `rounds` rounds of fused multiply-adds on all threads; the caller takes the time.

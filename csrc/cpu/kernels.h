@@ -92,13 +92,21 @@ struct Kernels {
                  const double* x, const double* s, double* w, double* d, double* side);
 };
 
-// Inner products of rows, out[i, j] = <x_i, y_j>; y null: symmetric, m = n. wide: float32 rows, sums in float64.
+// Inner products of rows, out[i, j] = <x_i, y_j>. Results may overwrite the rows: these are copied first.
+struct Product {
+    const void* x;  // (n, stride)
+    std::int64_t n, d, stride;
+    const void* y;  // (m, y_stride); unused if symmetric, then m = n
+    std::int64_t m, y_stride;
+    void* out;      // (n, out_stride)
+    std::int64_t out_stride;
+    bool symmetric;
+    bool wide;      // float32 rows: sums in float64, rounded once
+};
 struct Products {
-    bool (*product64)(const double* x, std::int64_t n, std::int64_t d, std::int64_t stride, const double* y, std::int64_t m,
-                      std::int64_t y_stride, double* out, std::int64_t out_stride, bool wide);
-    bool (*product32)(const float* x, std::int64_t n, std::int64_t d, std::int64_t stride, const float* y, std::int64_t m,
-                      std::int64_t y_stride, float* out, std::int64_t out_stride, bool wide);
-    // fused multiply-adds from registers only; returns the operations of all threads, 2 an fma
+    bool (*product64)(const Product&);
+    bool (*product32)(const Product&);
+    // rounds of fused multiply-adds in registers on all threads; the number of operations, two each
     double (*peak64)(std::int64_t rounds);
     double (*peak32)(std::int64_t rounds);
 };

@@ -12,35 +12,32 @@ namespace ntk {
 namespace NTK_ISA {
 namespace {
 
-// Results beyond this go past the caches, which they would leave anyway.
-constexpr Index kStream = Index(4) << 20;
+// Larger results go past the caches, which they would leave anyway.
+constexpr double kStreamBytes = 4 << 20;
+
+int most_threads() {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
 
 template <class A, class T>
-bool product(const T* x, Index n, Index d, Index stride, const T* y, Index m, Index y_stride, T* out, Index out_stride) {
-    int threads = 1;
-#ifdef _OPENMP
-    threads = omp_get_max_threads();
-#endif
-    const bool symmetric = !y;
-    const Packed<T> a(x, n, d, stride);
-    const Packed<T> other(y, symmetric ? 0 : m, symmetric ? 0 : d, y_stride);
-    if (!a.panels.data || !other.panels.data) return false;
-    const Grid grid = grid_of<A>(n, m, symmetric, threads);
-    const bool stream = n * m * Index(sizeof(T)) > kStream;
-    return for_each_tile<A, T>(a, symmetric ? a : other, grid, 0, grid.count(), [&](const ProductTile<A>& t) {
-        write_tile(t, out, out_stride, symmetric ? out : static_cast<T*>(nullptr), out_stride, stream);
+bool product_as(const Product& p) {
+    const Packed<T> x(static_cast<const T*>(p.x), p.n, p.d, p.stride);
+    const Packed<T> y(static_cast<const T*>(p.y), p.symmetric ? 0 : p.m, p.d, p.y_stride);
+    if (!x.panels.data || !y.panels.data) return false;
+    const Grid grid = grid_of<A>(p.n, p.m, p.symmetric, most_threads());
+    const bool stream = double(p.n) * double(p.m) * sizeof(T) > kStreamBytes;
+    T* out = static_cast<T*>(p.out);
+    return for_each_tile<A, T>(x, p.symmetric ? x : y, grid, 0, grid.count(), [&](const ProductTile<A>& t) {
+        write_tile<A, T>(t, out, p.out_stride, p.symmetric ? out : nullptr, p.out_stride, stream);
     });
 }
 
-template <class T>
-bool product_of(const T* x, Index n, Index d, Index stride, const T* y, Index m, Index y_stride, T* out,
-                Index out_stride, bool) {
-    return product<T, T>(x, n, d, stride, y, m, y_stride, out, out_stride);
-}
-bool product_single(const float* x, Index n, Index d, Index stride, const float* y, Index m, Index y_stride, float* out,
-                    Index out_stride, bool wide) {
-    return (wide ? product<double, float> : product<float, float>)(x, n, d, stride, y, m, y_stride, out, out_stride);
-}
+bool product64(const Product& p) { return product_as<double, double>(p); }
+bool product32(const Product& p) { return p.wide ? product_as<double, float>(p) : product_as<float, float>(p); }
 
 // The micro-kernel's arithmetic without its memory: operations done by all threads.
 template <class T>
@@ -69,7 +66,7 @@ double peak(Index rounds) {
 }  // namespace
 
 extern const Products products;
-const Products products = {product_of<double>, product_single, peak<double>, peak<float>};
+const Products products = {product64, product32, peak<double>, peak<float>};
 
 }  // namespace NTK_ISA
 }  // namespace ntk

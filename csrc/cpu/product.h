@@ -27,8 +27,8 @@ template <class T>
 constexpr int kWide = kVectors * kLanes<T>;
 static_assert(kWide<double> % kNarrow == 0 && kWide<float> % kWide<double> == 0, "strips and panels must nest");
 
-// Features of one pass: kDepth lines of a strip are 17 kB and stay in the L1 cache.
-constexpr Index kDepth = 264;
+// Features of one pass: a panel of one pass, 30 kB, stays in the L1 cache while the strips of the tile go by.
+constexpr Index kDepth = 160;
 // Largest side of a tile. The tile and both sides of one pass stay in the L2 cache (1.4 MB and less).
 template <class A>
 constexpr Index kSide = sizeof(A) == 8 ? 240 : 384;
@@ -44,7 +44,7 @@ struct Pages {
     T* data;
     __attribute__((always_inline)) inline explicit Pages(Index count) : data(nullptr) {
         constexpr Index huge = Index(2) << 20;
-        const Index bytes = (count > 0 ? count : 1) * Index(sizeof(T)), unit = bytes < 2 * huge ? 64 : huge;
+        const Index bytes = (count > 0 ? count : 1) * Index(sizeof(T)), unit = bytes < huge / 8 ? 64 : huge;
         const Index size = round_up(bytes, unit);
         data = static_cast<T*>(std::aligned_alloc(std::size_t(unit), std::size_t(size)));
 #ifdef __linux__
@@ -118,12 +118,10 @@ __attribute__((noinline)) void micro(const A* a, const A* b, Index k, bool add, 
 #pragma GCC unroll 3
         for (int v = 0; v < kVectors; ++v) sum[i][v] = V{};
     for (; k > 0; --k, a += kWide<A>, b += kWide<A>) {
+        __builtin_prefetch(a + ahead);
         V right[kVectors];
 #pragma GCC unroll 3
-        for (int v = 0; v < kVectors; ++v) {
-            right[v] = load_lanes(b + v * n);
-            __builtin_prefetch(b + ahead + v * n);
-        }
+        for (int v = 0; v < kVectors; ++v) right[v] = load_lanes(b + v * n);
 #pragma GCC unroll 8
         for (int i = 0; i < kNarrow; ++i) {
             const V left = broadcast(a[i]);
@@ -176,8 +174,8 @@ struct TileMemory {
 template <class A>
 struct ProductTile {
     Index i0, j0, rows, cols;
-    bool diagonal;  // of a symmetric grid: entries below the diagonal are not computed (what stands there is finite or not)
-    A* c;           // (rows, ldc), room for round_up(rows, kWide), ldc = round_up(cols, kWide)
+    bool diagonal;  // of a symmetric grid: what stands below the diagonal is not computed and means nothing
+    A* c;           // (kSide, ldc), of which (rows, cols) count; ldc = round_up(cols, kWide)
     Index ldc;
 };
 
@@ -190,10 +188,11 @@ void product_tile(const Packed<T>& a, const Packed<T>& b, const ProductTile<A>& 
         const Index k = smaller(depth, a.d - p);
         const Side<A> left = side_of(a, t.i0, rows, p, k, scratch);
         const Side<A> right = t.diagonal ? left : side_of(b, t.j0, cols, p, k, scratch + TileMemory<A, T>::sides);
-        for (Index i = 0; i < t.rows; i += kNarrow) {
-            const A* strip = left.panels + i / wide * left.stride + i % wide;
-            for (Index j = t.diagonal ? i / wide * wide : 0; j < t.cols; j += wide)
-                micro(strip, right.panels + j / wide * right.stride, k, pass > 0, t.c + i * t.ldc + j, t.ldc);
+        for (Index j = 0; j < t.cols; j += wide) {
+            const A* panel = right.panels + j / wide * right.stride;
+            const Index below = t.diagonal ? smaller(t.rows, j + wide) : t.rows;
+            for (Index i = 0; i < below; i += kNarrow)
+                micro(left.panels + i / wide * left.stride + i % wide, panel, k, pass > 0, t.c + i * t.ldc + j, t.ldc);
         }
     }
 }
