@@ -14,9 +14,9 @@ from ntkfast import _core
 DTYPES = (np.float64, np.float32)
 #: Features of one pass of the micro-kernel (kDepth of csrc/cpu/product.h): passes are summed apart.
 DEPTH = 160
-#: Rows: 1, 2, 3; a vector, a strip, a panel (4 to 48) and its neighbours; a tile (240, 384) and its neighbours.
+#: Rows: 1, 2, 3; a vector, a strip, a panel (4 to 48) and its neighbours; a tile (192, 288) and its neighbours.
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 16, 17, 23, 24, 25, 31, 47, 48, 49, 95, 96, 97, 143, 191, 192, 193, 239,
-         240, 241, 287, 300)  # fmt: skip
+         240, 241, 287, 288, 289, 300)  # fmt: skip
 DIMS = (0, 1, 2, 3, 7, 8, 9, 16, 17, 64, 159, 160, 161, 321)
 
 

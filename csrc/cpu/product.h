@@ -27,11 +27,12 @@ template <class T>
 constexpr int kWide = kVectors * kLanes<T>;
 static_assert(kWide<double> % kNarrow == 0 && kWide<float> % kWide<double> == 0, "strips and panels must nest");
 
+constexpr int kLine = 64;  // bytes of a cache line
 // Features of one pass: a panel of one pass, 30 kB, stays in the L1 cache while the strips of the tile go by.
 constexpr Index kDepth = 160;
-// Largest side of a tile. The tile and both sides of one pass stay in the L2 cache (1.4 MB and less).
+// Largest side of a tile. The tile, both sides of a pass and those of the next stay in the L2 cache (1.3 MB or less).
 template <class A>
-constexpr Index kSide = sizeof(A) == 8 ? 240 : 384;
+constexpr Index kSide = sizeof(A) == 8 ? 192 : 288;
 constexpr Index kLeastSide = 96;
 static_assert(kSide<double> % kWide<float> == 0 && kSide<float> % kWide<float> == 0, "tiles begin at panels");
 
@@ -108,17 +109,22 @@ struct Packed {
 // ---- the product
 
 // c (kNarrow, ldc) = or += sum over k features of a strip, a[p * kWide + i], times a panel, b[p * kWide + j].
+// Meanwhile c comes to the L1 cache and k lines from `next` on to the L2 cache.
 template <class A>
-__attribute__((noinline)) void micro(const A* a, const A* b, Index k, bool add, A* c, Index ldc) {
+__attribute__((noinline)) void micro(const A* a, const A* b, Index k, bool add, A* c, Index ldc, const A* next) {
     using V = typename Lanes<A>::V;
     constexpr int n = kLanes<A>, ahead = 16 * kWide<A>;
     V sum[kNarrow][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kNarrow; ++i)
 #pragma GCC unroll 3
-        for (int v = 0; v < kVectors; ++v) sum[i][v] = V{};
-    for (; k > 0; --k, a += kWide<A>, b += kWide<A>) {
+        for (int v = 0; v < kVectors; ++v) {
+            sum[i][v] = V{};
+            __builtin_prefetch(c + i * ldc + v * n);
+        }
+    for (; k > 0; --k, a += kWide<A>, b += kWide<A>, next += kLine / sizeof(A)) {
         __builtin_prefetch(a + ahead);
+        __builtin_prefetch(next, 0, 2);
         V right[kVectors];
 #pragma GCC unroll 3
         for (int v = 0; v < kVectors; ++v) right[v] = load_lanes(b + v * n);
@@ -179,6 +185,18 @@ struct ProductTile {
     Index ldc;
 };
 
+// What call number `call` of a pass fetches for the next pass: the panels of both sides one after the other, each in as
+// many calls as a feature of it has lines. After the last pass: the beginnings of the panels behind, of no harm.
+template <class A>
+NTK_INLINE const A* next_of(const Side<A>& left, Index left_panels, const Side<A>& right, Index right_panels, Index k,
+                            Index call) {
+    constexpr Index calls = (kWide<A> * sizeof(A) + kLine - 1) / kLine;
+    const Index panel = call / calls, start = k * (kWide<A> + call % calls * (kLine / Index(sizeof(A))));
+    if (panel < left_panels) return left.panels + panel * left.stride + start;
+    if (panel < left_panels + right_panels) return right.panels + (panel - left_panels) * right.stride + start;
+    return left.panels;  // all done: what is there already
+}
+
 template <class A, class T>
 void product_tile(const Packed<T>& a, const Packed<T>& b, const ProductTile<A>& t, A* scratch) {
     constexpr Index wide = kWide<A>;
@@ -188,11 +206,13 @@ void product_tile(const Packed<T>& a, const Packed<T>& b, const ProductTile<A>& 
         const Index k = smaller(depth, a.d - p);
         const Side<A> left = side_of(a, t.i0, rows, p, k, scratch);
         const Side<A> right = t.diagonal ? left : side_of(b, t.j0, cols, p, k, scratch + TileMemory<A, T>::sides);
+        Index call = 0;
         for (Index j = 0; j < t.cols; j += wide) {
             const A* panel = right.panels + j / wide * right.stride;
             const Index below = t.diagonal ? smaller(t.rows, j + wide) : t.rows;
-            for (Index i = 0; i < below; i += kNarrow)
-                micro(left.panels + i / wide * left.stride + i % wide, panel, k, pass > 0, t.c + i * t.ldc + j, t.ldc);
+            for (Index i = 0; i < below; i += kNarrow, ++call)
+                micro(left.panels + i / wide * left.stride + i % wide, panel, k, pass > 0, t.c + i * t.ldc + j, t.ldc,
+                      next_of(left, rows / wide, right, t.diagonal ? 0 : cols / wide, k, call));
         }
     }
 }
@@ -292,6 +312,12 @@ void write_tile(const ProductTile<A>& t, T* out, Index stride, T* mirror, Index 
     if (t.diagonal || !mirror) return;
     A band[n * kSide<A>];
     for (Index j = 0; j < t.cols; j += n) {
+        // Every row of the mirror is on a page of its own: its ends, not whole lines, and its page are asked for early.
+        for (Index k = j + 2 * n; k < smaller(j + 3 * n, t.cols); ++k) {
+            const T* row = mirror + (t.j0 + k) * mirror_stride + t.i0;
+            __builtin_prefetch(row, 1);
+            __builtin_prefetch(row + t.rows - 1, 1);
+        }
         for (Index i = 0; i < t.rows; i += n) {
             typename Lanes<A>::V r[n];
 #pragma GCC unroll 16
