@@ -283,12 +283,13 @@ static int check(Index n, Index m, Index d, bool symmetric, bool wide) {
 }
 int main() {
     const Index sizes[] = {1, 5, 24, 25, 49, 97, 241, 390}, dims[] = {0, 1, 7, 9, 161};
+    const bool wides[] = {false, true};
     int bad = 0;
     for (Index n : sizes)
         for (Index d : dims) {
             const Index m = sizes[(n * 7 + d) % 8];
             bad += check<double>(n, n, d, true, false) + check<double>(n, m, d, false, false);
-            for (bool wide : {false, true})
+            for (const bool wide : wides)
                 bad += check<float>(n, n, d, true, wide) + check<float>(n, m, d, false, wide);
         }
     bad += check<double>(1030, 1030, 2, true, false) + check<float>(1030, 1100, 2, false, false);
