@@ -23,6 +23,13 @@ int most_threads() {
 #endif
 }
 
+// The compiler must take x for changed.
+#ifdef __x86_64__
+#define NTK_UNKNOWN(x) asm volatile("" : "+x"(x))
+#else
+#define NTK_UNKNOWN(x) asm volatile("" : "+w"(x))
+#endif
+
 template <class A, class T>
 bool product_as(const Product& p) {
     const Packed<T> x(static_cast<const T*>(p.x), p.n, p.d, p.stride);
@@ -39,26 +46,26 @@ bool product_as(const Product& p) {
 bool product64(const Product& p) { return product_as<double, double>(p); }
 bool product32(const Product& p) { return p.wide ? product_as<double, float>(p) : product_as<float, float>(p); }
 
-// The micro-kernel's arithmetic without its memory: operations done by all threads.
+// The arithmetic of the micro-kernel without its loads; the operations done by all threads.
 template <class T>
 double peak(Index rounds) {
     using V = typename Lanes<T>::V;
     double done = 0.0;
 #pragma omp parallel reduction(+ : done)
     {
-        V sum[kNarrow][kVectors];
-        for (int i = 0; i < kNarrow * kVectors; ++i) sum[i / kVectors][i % kVectors] = broadcast(T(i));
+        V sum[kNarrow * kVectors];
+        for (int i = 0; i < kNarrow * kVectors; ++i) sum[i] = broadcast(T(i));
         V a = broadcast(T(0.5)), b = broadcast(T(1));
         for (Index round = 0; round < rounds; ++round) {
-            asm volatile("" : "+x"(a), "+x"(b));
-#pragma GCC unroll 8
-            for (int i = 0; i < kNarrow; ++i)
-#pragma GCC unroll 3
-                for (int v = 0; v < kVectors; ++v) sum[i][v] = fma_lanes(a, sum[i][v], b);
+#pragma GCC unroll 24
+            for (int i = 0; i < kNarrow * kVectors; ++i) {
+                NTK_UNKNOWN(a);  // or a b would be formed once
+                sum[i] = fma_lanes(a, b, sum[i]);
+            }
         }
         T total = T(0);
-        for (int i = 0; i < kNarrow * kVectors; ++i) total += sum[i / kVectors][i % kVectors][0];
-        done += total == total ? 2.0 * kNarrow * kWide<T> * double(rounds) : 0.0;
+        for (int i = 0; i < kNarrow * kVectors; ++i) total += sum[i][0];
+        done += total == total ? 2.0 * kNarrow * kWide<T> * double(rounds) : 0.0;  // the sums must be wanted
     }
     return done;
 }

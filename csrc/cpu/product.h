@@ -8,7 +8,8 @@
 //
 //   parallel   dynamic over tiles; a symmetric grid has those on and above the diagonal
 //   memory     one copy of the rows; a thread: its tile, and both its sides in A where A is not T (under 4 MB)
-//   cost       2 d operations a pair
+//   cost       2 d operations a pair, at d = 784 at 75 to 80 % of the FMA peak with the results written; at small d the
+//              time to write the results
 #pragma once
 #include <cstdlib>
 #ifdef __linux__
