@@ -55,8 +55,8 @@ Matrix matrix_of(const py::array& a, bool write) {
     const bool single = py::isinstance<py::array_t<float>>(a);
     require(single || py::isinstance<py::array_t<double>>(a), "float32 or float64 is needed");
     const py::ssize_t item = a.itemsize();
-    require(a.shape(1) <= 1 || a.strides(1) == item, "rows must be contiguous");
-    require(a.strides(0) % item == 0, "the row stride must be a multiple of the item size");
+    require(a.size() == 0 || a.shape(1) == 1 || a.strides(1) == item, "rows must be contiguous");
+    require(a.size() == 0 || a.strides(0) % item == 0, "the row stride must be a multiple of the item size");
     require(!write || a.writeable(), "the array is read-only");
     return {const_cast<void*>(a.data()), a.shape(0), a.shape(1), a.strides(0) / item, single};
 }
@@ -267,6 +267,30 @@ Doubles squares(const py::array& x) {
     return out;
 }
 
+const ntk::Products& products(const std::string& isa) {
+    return *ntk::products_of(kernels(isa).isa);
+}
+
+// out = x y^T, or x x^T without y; wide: float32 rows, sums in float64.
+void product(const py::array& x, const py::object& y, const py::array& out, bool wide, const std::string& isa) {
+    const Matrix a = matrix_of(x, false), result = matrix_of(out, true);
+    const Matrix b = y.is_none() ? a : matrix_of(py::cast<py::array>(y), false);
+    require(a.cols == b.cols && a.single == b.single, "rows differ in length or dtype");
+    require(result.rows == a.rows && result.cols == b.rows && result.single == a.single, "the output has the wrong shape");
+    const ntk::Product p{a.data, a.rows, a.cols, a.stride, b.data, b.rows, b.stride, result.data, result.stride,
+                         y.is_none(), wide};
+    const ntk::Products& k = products(isa);
+    py::gil_scoped_release release;
+    enough((a.single ? k.product32 : k.product64)(p));
+}
+
+// Operations of `rounds` rounds of fused multiply-adds on all threads; the caller takes the time.
+double peak(std::int64_t rounds, bool single, const std::string& isa) {
+    const ntk::Products& p = products(isa);
+    py::gil_scoped_release release;
+    return (single ? p.peak32 : p.peak64)(rounds);
+}
+
 // One layer of the suffix for rows of variance var and mean: new variance, new mean, Q_ii.
 py::tuple rows(const PlanHolder& plan, int layer, const Doubles& var, const Doubles& mean) {
     const py::ssize_t n = var.shape(0);
@@ -332,6 +356,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.def("pairs", &pairs, py::arg("plan"), py::arg("x"), py::arg("s"), py::arg("norm_i"), py::arg("norm_j"), py::arg("mix"),
           py::arg("single") = false, py::arg("isa") = "");
     m.def("squares", &squares, py::arg("x"));
+    m.def("product", &product, py::arg("x"), py::arg("y"), py::arg("out"), py::arg("wide") = false, py::arg("isa") = "");
+    m.def("peak", &peak, py::arg("rounds"), py::arg("single") = false, py::arg("isa") = "");
     m.def("rows", &rows, py::arg("plan"), py::arg("layer"), py::arg("var"), py::arg("mean"));
     m.def("scalar", &scalar, py::arg("name"), py::arg("x"), py::arg("isa") = "");
     m.def("dual", &dual, py::arg("plan"), py::arg("layer"), py::arg("a"), py::arg("b"), py::arg("x"), py::arg("s"),

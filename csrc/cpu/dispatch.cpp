@@ -9,9 +9,9 @@
 namespace ntk {
 
 #ifdef NTK_X86
-namespace v2 { extern const Kernels table; }
-namespace v3 { extern const Kernels table; }
-namespace v4 { extern const Kernels table; }
+namespace v2 { extern const Kernels table; extern const Products products; }
+namespace v3 { extern const Kernels table; extern const Products products; }
+namespace v4 { extern const Kernels table; extern const Products products; }
 
 const Kernels* kernels_of(const char* isa) {
     __builtin_cpu_init();
@@ -22,11 +22,20 @@ const Kernels* kernels_of(const char* isa) {
 }
 static const char* const kIsas[] = {"v4", "v3", "v2"};
 #else
-namespace baseline { extern const Kernels table; }
+namespace baseline { extern const Kernels table; extern const Products products; }
 
 const Kernels* kernels_of(const char* isa) { return !std::strcmp(isa, "baseline") ? &baseline::table : nullptr; }
 static const char* const kIsas[] = {"baseline"};
 #endif
+
+const Products* products_of(const char* isa) {
+    const Kernels* k = kernels_of(isa);
+#ifdef NTK_X86
+    return !k ? nullptr : k == &v4::table ? &v4::products : k == &v3::table ? &v3::products : &v2::products;
+#else
+    return k ? &baseline::products : nullptr;
+#endif
+}
 
 static const Kernels& choose() {
     if (const char* forced = std::getenv("NTKFAST_ISA"); forced && *forced) {

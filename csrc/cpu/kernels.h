@@ -99,7 +99,27 @@ struct Kernels {
                  const double* x, const double* s, double* w, double* d, double* side);
 };
 
+// Inner products of rows, out[i, j] = <x_i, y_j>. Results may overwrite the rows: these are copied first.
+struct Product {
+    const void* x;  // (n, stride)
+    std::int64_t n, d, stride;
+    const void* y;  // (m, y_stride); unused if symmetric, then m = n
+    std::int64_t m, y_stride;
+    void* out;      // (n, out_stride)
+    std::int64_t out_stride;
+    bool symmetric;
+    bool wide;      // float32 rows: sums in float64, rounded once
+};
+struct Products {
+    bool (*product64)(const Product&);
+    bool (*product32)(const Product&);
+    // rounds of fused multiply-adds in registers on all threads; the number of operations, two each
+    double (*peak64)(std::int64_t rounds);
+    double (*peak32)(std::int64_t rounds);
+};
+
 const Kernels& kernels();                    // chosen once, obeys NTKFAST_ISA
 const Kernels* kernels_of(const char* isa);  // null if this build or processor lacks it
+const Products* products_of(const char* isa);  // the same
 
 }  // namespace ntk
