@@ -54,6 +54,7 @@ struct Points {
 struct Tile {
     const void* products;   // (rows, stride) <x_i, y_j> of the rows as stored; may be the data of an output
     std::int64_t stride;
+    bool wide;              // the products are float64 although the results are float32
     std::int64_t rows, cols, dim;
     Points i, j;
     std::int64_t diagonal;  // the pair (i, j) is one point if i == j + diagonal; INT64_MIN: never
