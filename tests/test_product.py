@@ -281,6 +281,24 @@ static int check(Index n, Index m, Index d, bool symmetric, bool wide) {
     delete[] x, delete[] y, delete[] out;
     return bad;
 }
+// What follows a product need not be symmetric in its roundings; the result is: here every entry gets the number of its
+// row, and so below the diagonal that of its column.
+template <class T>
+static int check_epilogue(Index n) {
+    T *x = new T[n], *out = new T[n * n];
+    for (Index k = 0; k < n; ++k) x[k] = T(k % 5);
+    const Packed<T> packed(x, n, 1, 1);
+    const Grid grid = grid_of<T>(n, n, true, 1);
+    int bad = !for_each_tile<T>(packed, packed, grid, 0, grid.count(), [&](const ProductTile<T>& t) {
+        for (Index i = 0; i < t.rows; ++i)
+            for (Index j = 0; j < t.cols; ++j) t.c[i * t.ldc + j] += T(t.i0 + i);
+        write_tile(t, out, n, out, n, true);
+    });
+    for (Index i = 0; i < n; ++i)
+        for (Index j = 0; j < n; ++j) bad += !(out[i * n + j] == x[i] * x[j] + T(i < j ? i : j));
+    delete[] x, delete[] out;
+    return bad;
+}
 int main() {
     const Index sizes[] = {1, 5, 24, 25, 49, 97, 241, 390}, dims[] = {0, 1, 7, 9, 161};
     const bool wides[] = {false, true};
@@ -292,6 +310,7 @@ int main() {
             for (const bool wide : wides)
                 bad += check<float>(n, n, d, true, wide) + check<float>(n, m, d, false, wide);
         }
+    for (Index n : sizes) bad += check_epilogue<double>(n) + check_epilogue<float>(n);
     bad += check<double>(1030, 1030, 2, true, false) + check<float>(1030, 1100, 2, false, false);
     std::printf("%d wrong\n", bad);
     return bad != 0;

@@ -287,7 +287,7 @@ NTK_INLINE void write_row(const double* from, Index count, float* to, bool strea
     write_row(row, count, to, stream);
 }
 
-// Entries below the diagonal of a square tile from those above it.
+// Entries below the diagonal of a square tile from those above it: all of them, whatever was made of the products since.
 template <class A>
 void mirror_tile(const ProductTile<A>& t) {
     constexpr int n = kLanes<A>;
