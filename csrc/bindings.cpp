@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <new>
@@ -166,9 +167,9 @@ class TableHolder {
     std::unique_ptr<ntk::Table<float>> float_;
 };
 
-ntk::Points points_of(const py::tuple& t, const Matrix& products, std::int64_t n, std::int64_t& dim) {
+ntk::Points points_of(const py::tuple& t, bool single, std::int64_t n, std::int64_t& dim) {
     const Matrix x = matrix_of(py::cast<py::array>(t[0]), false);
-    require(x.rows == n && x.single == products.single, "points and products differ in length or dtype");
+    require(x.rows == n && x.single == single, "points and products differ in length or dtype");
     dim = x.cols;
     return {x.data, x.stride, vector_of(py::cast<Doubles>(t[1]), n), vector_of(py::cast<Doubles>(t[2]), n)};
 }
@@ -182,65 +183,116 @@ void* mirror_of(const py::handle& item, const Matrix& data, std::int64_t& stride
     return m.data;
 }
 
-// products (n, m); i, j: tuples (rows, inv, norm); outputs: tuples (data, mirror, (theta, cov, mean, last), fi, fj, hi, hj,
-// Table or None), tables for all outputs or for none;
-// slices: None or (data (P, n, m), mirror (P, m, n) or None, fi, fj, readout, readout_cov, readout_const)
-void tile(const PlanHolder& plan, const py::array& products, const py::tuple& i, const py::tuple& j, const py::object& diagonal,
-          double close, const py::list& outputs, const py::object& slices) {
-    const Matrix k0 = matrix_of(products, false);
-    ntk::Tile t{};
-    std::int64_t dim = 0, dim_j = 0;
-    t.products = k0.data, t.stride = k0.stride, t.rows = k0.rows, t.cols = k0.cols;
-    t.i = points_of(i, k0, k0.rows, dim);
-    t.j = points_of(j, k0, k0.cols, dim_j);
-    require(dim == dim_j, "rows of different length");
-    t.dim = dim;
-    t.diagonal = diagonal.is_none() ? INT64_MIN : py::cast<std::int64_t>(diagonal);
-    t.close = close;
+// Owns the outputs of an ntk::Tile. i, j: tuples (rows, inv, norm); outputs: tuples (data, mirror, (theta, cov, mean, last),
+// fi, fj, hi, hj, Table or None), tables for all outputs or for none; slices: None or (data (P, n, m), mirror (P, m, n) or
+// None, fi, fj, readout, readout_cov, readout_const)
+struct TileParts {
+    ntk::Tile tile{};
     std::vector<ntk::Output> outs;
-    for (const py::handle& item : outputs) {
-        const py::tuple o = py::cast<py::tuple>(item);
+
+    TileParts(std::int64_t rows, std::int64_t cols, bool single, const py::tuple& i, const py::tuple& j, const py::object& diagonal,
+              double close, const py::list& outputs, const py::object& slices) {
+        std::int64_t dim_j = 0;
+        tile.rows = rows, tile.cols = cols;
+        tile.i = points_of(i, single, rows, tile.dim);
+        tile.j = points_of(j, single, cols, dim_j);
+        require(tile.dim == dim_j, "rows of different length");
+        tile.diagonal = diagonal.is_none() ? INT64_MIN : py::cast<std::int64_t>(diagonal);
+        tile.close = close;
+        for (const py::handle& item : outputs) add_output(py::cast<py::tuple>(item), single);
+        require(outs.size() <= 4, "at most four outputs");
+        tile.outputs = outs.data(), tile.n_outputs = int(outs.size());
+        if (!slices.is_none()) add_slices(py::cast<py::tuple>(slices), single);
+        require(tile.n_outputs > 0 || tile.slices.data, "nothing to compute");
+        const std::int64_t stride = tile.slices.data ? tile.slices.stride : outs[0].stride;
+        tile.stream = double(rows) * double(stride) * (single ? 4 : 8) > ntk::kStreamBytes;
+    }
+
+   private:
+    void add_output(const py::tuple& o, bool single) {
         const Matrix data = matrix_of(py::cast<py::array>(o[0]), true);
-        require(data.rows == k0.rows && data.cols == k0.cols && data.single == k0.single, "an output has the wrong shape");
+        require(data.rows == tile.rows && data.cols == tile.cols && data.single == single, "an output has the wrong shape");
         const auto mix = py::cast<std::array<double, 4>>(o[2]);
         ntk::Output out{};
         out.data = data.data, out.stride = data.stride;
         out.mirror = mirror_of(o[1], data, out.mirror_stride);
         out.theta = mix[0], out.cov = mix[1], out.mean = mix[2], out.last = mix[3];
-        out.fi = vector_of(py::cast<Doubles>(o[3]), k0.rows), out.fj = vector_of(py::cast<Doubles>(o[4]), k0.cols);
-        out.hi = vector_of(py::cast<Doubles>(o[5]), k0.rows), out.hj = vector_of(py::cast<Doubles>(o[6]), k0.cols);
+        out.fi = vector_of(py::cast<Doubles>(o[3]), tile.rows), out.fj = vector_of(py::cast<Doubles>(o[4]), tile.cols);
+        out.hi = vector_of(py::cast<Doubles>(o[5]), tile.rows), out.hj = vector_of(py::cast<Doubles>(o[6]), tile.cols);
         if (!o[7].is_none()) {
             const TableHolder& table = py::cast<const TableHolder&>(o[7]);
-            require(table.report().reached && table.single() == k0.single, "the table does not belong to this dtype");
+            require(table.report().reached && table.single() == single, "the table does not belong to this dtype");
             out.table = table.data();
         }
         require(outs.empty() || !outs[0].table == !out.table, "tables for all outputs or for none");
         outs.push_back(out);
     }
-    t.outputs = outs.data(), t.n_outputs = int(outs.size());
-    if (!slices.is_none()) {
-        const py::tuple s = py::cast<py::tuple>(slices);
+    void add_slices(const py::tuple& s, bool single) {
+        ntk::Slices& to = tile.slices;
         const py::array data = py::cast<py::array>(s[0]);
-        require(data.ndim() == 3 && data.shape(1) == k0.rows && data.shape(2) == k0.cols && data.shape(0) > 0 &&
-                    data.itemsize() == (k0.single ? 4 : 8) && data.strides(2) == data.itemsize() && data.writeable(),
+        require(data.ndim() == 3 && data.shape(1) == tile.rows && data.shape(2) == tile.cols && data.shape(0) > 0 &&
+                    data.itemsize() == (single ? 4 : 8) && data.strides(2) == data.itemsize() && data.writeable(),
                 "the slices have the wrong shape");
-        t.slices.data = const_cast<void*>(data.data());
-        t.slices.stride = data.strides(1) / data.itemsize(), t.slices.slice_stride = data.strides(0) / data.itemsize();
+        to.data = const_cast<void*>(data.data());
+        to.stride = data.strides(1) / data.itemsize(), to.slice_stride = data.strides(0) / data.itemsize();
         if (!s[1].is_none()) {
             const py::array mirror = py::cast<py::array>(s[1]);
-            require(mirror.ndim() == 3 && mirror.shape(1) == k0.cols && mirror.shape(2) == k0.rows &&
+            require(mirror.ndim() == 3 && mirror.shape(1) == tile.cols && mirror.shape(2) == tile.rows &&
                         mirror.strides(0) == data.strides(0) && mirror.writeable(), "the mirror of the slices has the wrong shape");
-            t.slices.mirror = const_cast<void*>(mirror.data());
-            t.slices.mirror_stride = mirror.strides(1) / mirror.itemsize();
+            to.mirror = const_cast<void*>(mirror.data());
+            to.mirror_stride = mirror.strides(1) / mirror.itemsize();
         }
-        t.slices.fi = vector_of(py::cast<Doubles>(s[2]), k0.rows), t.slices.fj = vector_of(py::cast<Doubles>(s[3]), k0.cols);
-        t.slices.readout = py::cast<int>(s[4]);
-        t.slices.readout_cov = py::cast<double>(s[5]), t.slices.readout_const = py::cast<double>(s[6]);
+        to.fi = vector_of(py::cast<Doubles>(s[2]), tile.rows), to.fj = vector_of(py::cast<Doubles>(s[3]), tile.cols);
+        to.readout = py::cast<int>(s[4]);
+        to.readout_cov = py::cast<double>(s[5]), to.readout_const = py::cast<double>(s[6]);
     }
-    require(t.n_outputs > 0 || t.slices.data, "nothing to compute");
+};
+
+// products (n, m)
+void tile(const PlanHolder& plan, const py::array& products, const py::tuple& i, const py::tuple& j, const py::object& diagonal,
+          double close, const py::list& outputs, const py::object& slices) {
+    const Matrix k0 = matrix_of(products, false);
+    TileParts parts(k0.rows, k0.cols, k0.single, i, j, diagonal, close, outputs, slices);
+    parts.tile.products = k0.data, parts.tile.stride = k0.stride;
     const ntk::Kernels& k = ntk::kernels();
     py::gil_scoped_release release;
-    enough((k0.single ? k.tile32 : k.tile64)(plan.plan(), t));
+    enough((k0.single ? k.tile32 : k.tile64)(plan.plan(), parts.tile));
+}
+
+// Rows packed for products: one copy.
+class PackedHolder {
+   public:
+    explicit PackedHolder(const py::array& x) {
+        const Matrix m = matrix_of(x, false);
+        const ntk::Kernels& k = ntk::kernels();
+        single = m.single;
+        py::gil_scoped_release release;
+        memory_.reset((single ? k.pack32 : k.pack64)(m.data, m.rows, m.cols, m.stride));
+        enough(memory_ != nullptr);
+        rows = {memory_.get(), m.rows, m.cols};
+    }
+    ntk::PackedRows rows{};
+    bool single;
+
+   private:
+    std::unique_ptr<void, void (*)(void*)> memory_{nullptr, std::free};
+};
+
+// As tile, for rows i0 .. and j0 .. of packed sides; the numbers of rows are those of i and j.
+void fused(const PlanHolder& plan, const PackedHolder& x, std::int64_t i0, const PackedHolder& y, std::int64_t j0, bool wide,
+           const py::tuple& i, const py::tuple& j, const py::object& diagonal, double close, const py::list& outputs,
+           const py::object& slices) {
+    const std::int64_t rows = py::cast<Doubles>(i[1]).size(), cols = py::cast<Doubles>(j[1]).size();
+    require(x.single == y.single && x.rows.d == y.rows.d, "the sides differ in dtype or length of rows");
+    require(i0 >= 0 && j0 >= 0 && i0 % ntk::kPanelUnit == 0 && j0 % ntk::kPanelUnit == 0 && i0 + rows <= x.rows.n &&
+                j0 + cols <= y.rows.n, "no such tile");
+    const TileParts parts(rows, cols, x.single, i, j, diagonal, close, outputs, slices);
+    require(parts.tile.dim == x.rows.d, "points and packed rows differ in length");
+    ntk::FusedTile f{x.rows, y.rows, i0, j0, parts.tile};
+    f.tile.wide = wide && x.single;
+    const ntk::Kernels& k = ntk::kernels();
+    py::gil_scoped_release release;
+    enough((x.single ? k.fused32 : k.fused64)(plan.plan(), f));
 }
 
 // theta Theta + cov S + mean b_i b_j + last G for single pairs, (n,) float64; without norms if the plan has no suffix.
@@ -353,6 +405,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         .def("arrays", &TableHolder::arrays);
     m.def("tile", &tile, py::arg("plan"), py::arg("products"), py::arg("i"), py::arg("j"), py::arg("diagonal"), py::arg("close"),
           py::arg("outputs"), py::arg("slices"));
+    py::class_<PackedHolder>(m, "Packed").def(py::init<const py::array&>(), py::arg("x"));
+    m.attr("PANEL") = ntk::kPanelUnit;
+    m.def("fused", &fused, py::arg("plan"), py::arg("x"), py::arg("i0"), py::arg("y"), py::arg("j0"), py::arg("wide"), py::arg("i"),
+          py::arg("j"), py::arg("diagonal"), py::arg("close"), py::arg("outputs"), py::arg("slices"));
     m.def("pairs", &pairs, py::arg("plan"), py::arg("x"), py::arg("s"), py::arg("norm_i"), py::arg("norm_j"), py::arg("mix"),
           py::arg("single") = false, py::arg("isa") = "");
     m.def("squares", &squares, py::arg("x"));

@@ -289,11 +289,17 @@ static int check_epilogue(Index n) {
     for (Index k = 0; k < n; ++k) x[k] = T(k % 5);
     const Packed<T> packed(x, n, 1, 1);
     const Grid grid = grid_of<T>(n, n, true, 1);
-    int bad = !for_each_tile<T>(packed, packed, grid, 0, grid.count(), [&](const ProductTile<T>& t) {
-        for (Index i = 0; i < t.rows; ++i)
-            for (Index j = 0; j < t.cols; ++j) t.c[i * t.ldc + j] += T(t.i0 + i);
-        write_tile(t, out, n, out, n, true);
-    });
+    struct Add {
+        T* out;
+        Index n;
+        bool ready() const { return true; }
+        void operator()(const ProductTile<T>& t) const {
+            for (Index i = 0; i < t.rows; ++i)
+                for (Index j = 0; j < t.cols; ++j) t.c[i * t.ldc + j] += T(t.i0 + i);
+            write_tile(t, out, n, out, n, true);
+        }
+    };
+    int bad = !for_each_tile<T>(packed.view(), packed.view(), grid, 0, grid.count(), [&] { return Add{out, n}; });
     for (Index i = 0; i < n; ++i)
         for (Index j = 0; j < n; ++j) bad += !(out[i * n + j] == x[i] * x[j] + T(i < j ? i : j));
     delete[] x, delete[] out;

@@ -1,11 +1,19 @@
 // Gram matrices of dense networks: a tile of inner products becomes kernels, patch by patch (patch.h), in place if wanted.
 //
-//   parallel   one patch of 128 x 128 pairs a thread, in blocks of 32 x 128; no state outside it
+//   tile       the products are there, in memory
+//   fused      the products are made on the way (product.h), a few hundred rows and columns at a time
+//
+//   parallel   one patch of 128 x 128 pairs a thread, or the tile of a product; no state outside it
 //   memory     under 3 MB a thread without layer_grams
 //   compiled   once per instruction set with NTK_ISA; nothing here may have external linkage but `table`
 #include "doors.h"
 #include "nodes.h"
 #include "patch.h"
+#include "product.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace ntk {
 namespace NTK_ISA {
@@ -38,9 +46,79 @@ bool tile(const Plan& plan, const Tile& t) {
                 const std::int64_t j0 = column * kCols + (start > 0 ? start : 0);
                 if (worker.ready() && j0 < t.cols) patch<T>(plan, t, i0, j0, upper, worker);
             }
-        finish_streams();
+        finish_lanes();
     }
     return !failed;
+}
+
+constexpr int kMostOutputs = 4;
+
+// One thread of fused: what becomes of a tile of products in the cache.
+template <class A, class T>
+struct FusedWork {
+    const Plan& plan;
+    const Tile& whole;
+    bool upper;
+    Worker<T> worker;
+    Output outputs[kMostOutputs];
+
+    FusedWork(const Plan& p, const Tile& t) : plan(p), whole(t), upper(upper_only(t)), worker(p, t.n_outputs, t.slices.data) {}
+    bool ready() const { return worker.ready(); }
+
+    template <class O>
+    static void move(O& out, Index i0, Index j0) {
+        out.data = static_cast<T*>(out.data) + i0 * out.stride + j0;
+        if (out.mirror) out.mirror = static_cast<T*>(out.mirror) + j0 * out.mirror_stride + i0;
+        out.fi += i0, out.fj += j0;
+    }
+    static Points moved(const Points& p, Index start) {
+        return {static_cast<const T*>(p.x) + start * p.stride, p.stride, p.inv + start, p.norm + start};
+    }
+    void operator()(const ProductTile<A>& p) {
+        Tile t = whole;
+        t.products = p.c, t.stride = p.ldc, t.rows = p.rows, t.cols = p.cols;
+        t.i = moved(whole.i, p.i0), t.j = moved(whole.j, p.j0);
+        // Only the tiles that the diagonal crosses know of it.
+        const Index diagonal = whole.diagonal == INT64_MIN ? INT64_MIN : whole.diagonal + p.j0 - p.i0;
+        t.diagonal = diagonal < p.rows && diagonal > -p.cols ? diagonal : INT64_MIN;
+        for (int o = 0; o < whole.n_outputs; ++o) {
+            outputs[o] = whole.outputs[o];
+            move(outputs[o], p.i0, p.j0);
+            outputs[o].hi += p.i0, outputs[o].hj += p.j0;
+        }
+        t.outputs = outputs;
+        if (t.slices.data) move(t.slices, p.i0, p.j0);
+        const bool triangle = upper && t.diagonal != INT64_MIN;
+        for (Index i = 0; i < p.rows; i += kPatch) {
+            const Index start = triangle && i - t.diagonal > 0 ? i - t.diagonal : 0;
+            for (Index j = start; j < p.cols; j += kCols) patch<T>(plan, t, i, j, triangle, worker);
+        }
+    }
+};
+
+int most_threads() {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+template <class A, class T>
+bool fused_as(const Plan& plan, const FusedTile& f) {
+    const Tile& t = f.tile;
+    const Panels<T> x{f.x.n, f.x.d, static_cast<const T*>(f.x.panels)}, y{f.y.n, f.y.d, static_cast<const T*>(f.y.panels)};
+    const Grid grid = grid_of<A>(t.rows, t.cols, upper_only(t) && t.diagonal == 0 && t.rows == t.cols, most_threads());
+    return for_each_tile<A>(x.from(f.i0), y.from(f.j0), grid, 0, grid.count(), [&] { return FusedWork<A, T>(plan, t); });
+}
+bool fused64(const Plan& plan, const FusedTile& f) { return fused_as<double, double>(plan, f); }
+bool fused32(const Plan& plan, const FusedTile& f) {
+    return f.tile.wide ? fused_as<double, float>(plan, f) : fused_as<float, float>(plan, f);
+}
+
+template <class T>
+void* pack(const void* x, std::int64_t n, std::int64_t d, std::int64_t stride) {
+    return Packed<T>(static_cast<const T*>(x), n, d, stride).panels.release();
 }
 
 template <class T>
@@ -85,9 +163,24 @@ bool nodes(const Plan& plan, const Pairs& p) { return plan.n_suffix ? pairs<doub
 #define NTK_STRING2(x) #x
 #define NTK_STRING(x) NTK_STRING2(x)
 extern const Kernels table;
-const Kernels table = {NTK_STRING(NTK_ISA), tile<double>,         tile<float>,     pairs<double>,  pairs<float>, nodes,
-                       table_values<double>, table_values<float>, squares<double>, squares<float>, rows,         scalar<double>,
-                       scalar<float>,       dual};
+const Kernels table = {NTK_STRING(NTK_ISA),
+                       tile<double>,
+                       tile<float>,
+                       pack<double>,
+                       pack<float>,
+                       fused64,
+                       fused32,
+                       pairs<double>,
+                       pairs<float>,
+                       nodes,
+                       table_values<double>,
+                       table_values<float>,
+                       squares<double>,
+                       squares<float>,
+                       rows,
+                       scalar<double>,
+                       scalar<float>,
+                       dual};
 
 }  // namespace NTK_ISA
 }  // namespace ntk

@@ -42,6 +42,9 @@ struct Slices {
     double readout_cov, readout_const;  // its value: readout_cov S f_i f_j + readout_const
 };
 
+// Larger results go past the caches, which they would leave anyway.
+constexpr double kStreamBytes = 4 << 20;
+
 // One side of a tile.
 struct Points {
     const void* x;        // (n, stride) rows, for the differences
@@ -58,10 +61,25 @@ struct Tile {
     std::int64_t rows, cols, dim;
     Points i, j;
     std::int64_t diagonal;  // the pair (i, j) is one point if i == j + diagonal; INT64_MIN: never
+    bool stream;            // results past the caches, see write.h
     double close;           // pairs with 1 - |rho| below this get their angle from differences
     const Output* outputs;  // (n_outputs,)
     int n_outputs;
     Slices slices;
+};
+
+// Rows packed for products (product.h), in the order of the chosen instruction set; made by pack64, pack32, freed by free.
+struct PackedRows {
+    const void* panels;
+    std::int64_t n, d;
+};
+constexpr std::int64_t kPanelUnit = 48;  // a tile of packed rows begins at a multiple of this
+
+// A tile whose inner products are made on the way: rows i0 .. of x and j0 .. of y, both multiples of kPanelUnit.
+struct FusedTile {
+    PackedRows x, y;
+    std::int64_t i0, j0;
+    Tile tile;  // without products; wide: float32 rows are added up in float64
 };
 
 // Pairs one by one: the diagonal, and the door of the tests.
@@ -81,6 +99,10 @@ struct Kernels {
     const char* isa;
     bool (*tile64)(const Plan&, const Tile&);
     bool (*tile32)(const Plan&, const Tile&);
+    void* (*pack64)(const void* x, std::int64_t n, std::int64_t d, std::int64_t stride);  // null: no memory
+    void* (*pack32)(const void* x, std::int64_t n, std::int64_t d, std::int64_t stride);
+    bool (*fused64)(const Plan&, const FusedTile&);
+    bool (*fused32)(const Plan&, const FusedTile&);
     bool (*pairs64)(const Plan&, const Pairs&);
     bool (*pairs32)(const Plan&, const Pairs&);
     // as pairs64 with sums that keep their rounding errors, for the compiler of tables

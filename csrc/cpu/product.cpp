@@ -12,9 +12,6 @@ namespace ntk {
 namespace NTK_ISA {
 namespace {
 
-// Larger results go past the caches, which they would leave anyway.
-constexpr double kStreamBytes = 4 << 20;
-
 int most_threads() {
 #ifdef _OPENMP
     return omp_get_max_threads();
@@ -31,6 +28,15 @@ int most_threads() {
 #endif
 
 template <class A, class T>
+struct Write {
+    T* out;
+    Index stride;
+    bool symmetric, stream;
+    bool ready() const { return true; }
+    void operator()(const ProductTile<A>& t) const { write_tile<A, T>(t, out, stride, symmetric ? out : nullptr, stride, stream); }
+};
+
+template <class A, class T>
 bool product_as(const Product& p) {
     const Packed<T> x(static_cast<const T*>(p.x), p.n, p.d, p.stride);
     const Packed<T> y(static_cast<const T*>(p.y), p.symmetric ? 0 : p.m, p.d, p.y_stride);
@@ -38,9 +44,8 @@ bool product_as(const Product& p) {
     const Grid grid = grid_of<A>(p.n, p.m, p.symmetric, most_threads());
     const bool stream = double(p.n) * double(p.m) * sizeof(T) > kStreamBytes;
     T* out = static_cast<T*>(p.out);
-    return for_each_tile<A, T>(x, p.symmetric ? x : y, grid, 0, grid.count(), [&](const ProductTile<A>& t) {
-        write_tile<A, T>(t, out, p.out_stride, p.symmetric ? out : nullptr, p.out_stride, stream);
-    });
+    return for_each_tile<A>(x.view(), p.symmetric ? x.view() : y.view(), grid, 0, grid.count(),
+                            [&] { return Write<A, T>{out, p.out_stride, p.symmetric, stream}; });
 }
 
 bool product64(const Product& p) { return product_as<double, double>(p); }

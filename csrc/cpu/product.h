@@ -3,7 +3,7 @@
 //   Packed          rows -> panels of kWide rows, features outermost: panel[p * kWide + r], zeros beyond the last row
 //   micro           kNarrow x kWide sums in registers over at most kDepth features
 //   product_tile    a tile of C from two packed sides; sums in A, the rows are T (both double, both float, or A wider)
-//   for_each_tile   all tiles of a grid on all threads, each handed to a function
+//   for_each_tile   all tiles of a grid on all threads, each handed to what a thread works with
 //   write_tile      a tile to the result and, transposed, to its mirror image
 //
 //   parallel   dynamic over tiles; a symmetric grid has those on and above the diagonal
@@ -16,12 +16,10 @@
 #include <sys/mman.h>
 #endif
 
-#include "lanes.h"
+#include "write.h"
 
 namespace ntk {
 namespace {
-
-using Index = std::int64_t;
 
 // Rows of a panel: the registers hold the sums of a strip of kNarrow rows of one side with a whole panel of the other.
 template <class T>
@@ -37,7 +35,6 @@ constexpr Index kSide = sizeof(A) == 8 ? 192 : 288;
 constexpr Index kLeastSide = 96;
 static_assert(kSide<double> % kWide<float> == 0 && kSide<float> % kWide<float> == 0, "tiles begin at panels");
 
-NTK_INLINE Index smaller(Index a, Index b) { return a < b ? a : b; }
 NTK_INLINE Index round_up(Index n, Index unit) { return (n + unit - 1) / unit * unit; }
 
 // Memory of one scope, in huge pages if it is large: one strip and one panel meet two pages a step otherwise.
@@ -54,6 +51,11 @@ struct Pages {
 #endif
     }
     __attribute__((always_inline)) inline ~Pages() { std::free(data); }
+    __attribute__((always_inline)) inline T* release() {
+        T* kept = data;
+        data = nullptr;
+        return kept;
+    }
     Pages(const Pages&) = delete;
     Pages& operator=(const Pages&) = delete;
 };
@@ -93,10 +95,18 @@ void pack_panel(const T* x, Index stride, Index rows, Index d, T* panel) {
         }
 }
 
+// Packed rows: those of a Packed, or a part of them that begins at a multiple of kWide.
+template <class T>
+struct Panels {
+    Index n, d;
+    const T* data;  // (ceil(n / kWide), d, kWide)
+    __attribute__((always_inline)) inline Panels from(Index i) const { return {n - i, d, data + i * d}; }
+};
 template <class T>
 struct Packed {
     Index n, d;
-    Pages<T> panels;  // (ceil(n / kWide), d, kWide)
+    Pages<T> panels;
+    __attribute__((always_inline)) inline Panels<T> view() const { return {n, d, panels.data}; }
     // x (n, stride); data is null if there was no memory
     __attribute__((always_inline)) inline Packed(const T* x, Index rows, Index dim, Index stride)
         : n(rows), d(dim), panels(round_up(rows, kWide<T>) * dim) {
@@ -152,14 +162,14 @@ struct Side {
     Index stride;
 };
 template <class T>
-NTK_INLINE Side<T> side_of(const Packed<T>& x, Index i, Index, Index p, Index, T*) {
-    return {x.panels.data + i * x.d + p * kWide<T>, x.d * kWide<T>};
+NTK_INLINE Side<T> side_of(const Panels<T>& x, Index i, Index, Index p, Index, T*) {
+    return {x.data + i * x.d + p * kWide<T>, x.d * kWide<T>};
 }
 // The same in double, made for this pass: (rows / kWide<double>, k, kWide<double>).
-static Side<double> side_of(const Packed<float>& x, Index i, Index rows, Index p, Index k, double* scratch) {
+static Side<double> side_of(const Panels<float>& x, Index i, Index rows, Index p, Index k, double* scratch) {
     constexpr int wide = kWide<float>, part = kWide<double>;
     for (Index r = 0; r < rows; r += part) {
-        const float* from = x.panels.data + (i + r) / wide * wide * x.d + p * wide + (i + r) % wide;
+        const float* from = x.data + (i + r) / wide * wide * x.d + p * wide + (i + r) % wide;
         double* to = scratch + r * k;
         for (Index q = 0; q < k; ++q)
             for (int v = 0; v < part; ++v) to[q * part + v] = double(from[q * wide + v]);
@@ -199,7 +209,7 @@ NTK_INLINE const A* next_of(const Side<A>& left, Index left_panels, const Side<A
 }
 
 template <class A, class T>
-void product_tile(const Packed<T>& a, const Packed<T>& b, const ProductTile<A>& t, A* scratch) {
+void product_tile(const Panels<T>& a, const Panels<T>& b, const ProductTile<A>& t, A* scratch) {
     constexpr Index wide = kWide<A>;
     const Index passes = a.d > kDepth ? (a.d + kDepth - 1) / kDepth : 1, depth = (a.d + passes - 1) / passes;
     const Index rows = round_up(t.rows, wide), cols = round_up(t.cols, wide);
@@ -240,28 +250,31 @@ Grid grid_of(Index n, Index m, bool symmetric, int threads) {
     }
 }
 
-// f(tile) for the tiles first .. last of the grid, their products made; false if a thread had no memory.
-template <class A, class T, class F>
-bool for_each_tile(const Packed<T>& a, const Packed<T>& b, const Grid& g, Index first, Index last, F f) {
+// work(tile) for the tiles first .. last of the grid, their products made, with one `work` of make() on every thread; false
+// if a thread had no memory.
+template <class A, class T, class Make>
+bool for_each_tile(const Panels<T>& a, const Panels<T>& b, const Grid& g, Index first, Index last, Make make) {
     bool failed = false;
-#pragma omp parallel
+    // Waking a second thread costs more than one tile.
+#pragma omp parallel if (last - first > 1)
     {
         TileMemory<A, T> memory;
         A* c = memory.all.data;
-        if (!c) {
+        auto work = make();
+        if (!c || !work.ready()) {
 #pragma omp atomic write
             failed = true;
         }
 #pragma omp for schedule(dynamic)
         for (Index at = first; at < last; ++at) {
-            if (!c) continue;
+            if (!c || !work.ready()) continue;
             Index row = 0, rest = at, length = g.cols();
             while (rest >= length) rest -= length, ++row, length -= g.symmetric ? 1 : 0;
             const Index i0 = row * g.side_i, j0 = (g.symmetric ? row + rest : rest) * g.side_j;
             ProductTile<A> t{i0, j0, smaller(g.side_i, g.n - i0), smaller(g.side_j, g.m - j0), g.symmetric && i0 == j0, c, 0};
             t.ldc = round_up(t.cols, kWide<A>);
             product_tile<A, T>(a, b, t, c + kSide<A> * kSide<A>);
-            f(t);
+            work(t);
         }
         finish_lanes();
     }
@@ -270,17 +283,6 @@ bool for_each_tile(const Packed<T>& a, const Packed<T>& b, const Grid& g, Index 
 
 // ---- results
 
-// A row of results as T; past the caches if `stream`, whole lines at a time: their old contents are never fetched.
-template <class T>
-NTK_INLINE void write_row(const T* from, Index count, T* to, bool stream) {
-    constexpr Index n = kLanes<T>;
-    Index k = 0;
-    if (stream && reinterpret_cast<std::uintptr_t>(to) % sizeof(T) == 0) {
-        while (k < count && reinterpret_cast<std::uintptr_t>(to + k) % kVectorBytes) to[k] = from[k], ++k;
-        for (; k + n <= count; k += n) stream_lanes(to + k, load_lanes(from + k));
-    }
-    for (; k < count; ++k) to[k] = from[k];
-}
 NTK_INLINE void write_row(const double* from, Index count, float* to, bool stream) {
     float row[kSide<double>];
     for (Index k = 0; k < count; ++k) row[k] = float(from[k]);

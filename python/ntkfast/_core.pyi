@@ -31,6 +31,25 @@ class Table:
     def values(self, x: NDArray[Any], s: NDArray[Any], isa: str = "") -> NDArray[Any]: ...
     def arrays(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.uint8], float, int]: ...
 
+PANEL: int
+
+class Packed:
+    def __init__(self, x: NDArray[Any]) -> None: ...
+
+def fused(
+    plan: Plan,
+    x: Packed,
+    i0: int,
+    y: Packed,
+    j0: int,
+    wide: bool,
+    i: _Points,
+    j: _Points,
+    diagonal: int | None,
+    close: float,
+    outputs: list[Any],
+    slices: Any,
+) -> None: ...
 def tile(
     plan: Plan,
     products: NDArray[Any],

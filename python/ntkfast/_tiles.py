@@ -1,8 +1,9 @@
 """The one tile iterator: every Gram matrix is computed by :func:`run`, tile by tile.
 
-A tile is a rectangle of the result. Its inner products come from NumPy's BLAS, straight into the result where that is
-possible; then the epilogue (compiled kernels with their own threads) turns them into kernels in place. The two pools of
-threads never run at once. Between calls Python regains control at least every few tenths of a second, so Ctrl-C works.
+A tile is a rectangle of the result. Either the compiled kernels make its inner products and the kernels in one pass
+(`fused`), or NumPy's BLAS makes the products, straight into the result where that is possible, and then the epilogue
+turns them into kernels in place; the two pools of threads never run at once. Between calls Python regains control at
+least every few tenths of a second, so Ctrl-C works.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ntkfast import _core
 
 Array = NDArray[Any]
 
@@ -24,6 +28,8 @@ Array = NDArray[Any]
 SIDE, LEAST = 2048, 1024
 #: Floating-point operations of one product call: half a second on one slow core.
 _PRODUCT = 2e10
+#: Largest side of a fused tile, and the floating-point operations a second its length is estimated by (one slow core).
+_FUSED_SIDE, _FUSED_RATE = 4096, 2e10
 #: Operations of the products done before their epilogues: seconds, so that changing pools costs percents.
 _BATCH = 2e11
 #: Seconds one call into the compiled kernels should take at most.
@@ -50,15 +56,16 @@ class Tile:
         return int(n * (n + 1) // 2 if self.diagonal else n * m)
 
 
-def _parts(n: int, side: int) -> list[slice]:
+def _parts(n: int, side: int, unit: int) -> list[slice]:
     count = -(-n // side)
-    return [slice(n * k // count, n * (k + 1) // count) for k in range(count)]
+    edges = [min(n, -(-n * k // count // unit) * unit) for k in range(count)] + [n]
+    return [slice(a, b) for a, b in pairwise(edges) if a < b]
 
 
-def tiles(n: int, m: int, symmetric: bool, side: int) -> Iterator[Tile]:
-    """All tiles of an (n, m) result; only those on and above the diagonal if it is symmetric."""
-    rows = _parts(n, side)
-    cols = rows if symmetric else _parts(m, side)
+def tiles(n: int, m: int, symmetric: bool, side: int, unit: int = 1) -> Iterator[Tile]:
+    """All tiles of an (n, m) result, beginning at multiples of `unit`; only those on and above the diagonal if symmetric."""
+    rows = _parts(n, side, unit)
+    cols = rows if symmetric else _parts(m, side, unit)
     for i, row in enumerate(rows):
         for j, col in enumerate(cols):
             if not symmetric or j >= i:
@@ -71,7 +78,8 @@ class Job:
 
     outputs are (n, m) or, for layer_grams, one (P, n, m); anything with slice assignment. `epilogue` is called as
     epilogue(tile, part, products, views, mirrors): `part` rows of the tile (relative to it), their inner products, the
-    views of the outputs they belong to, and the transposed views or None.
+    views of the outputs they belong to, and the transposed views or None. `fused(tile, views, mirrors)` does without the
+    products.
     """
 
     x: Array  #: (n, d)
@@ -81,14 +89,20 @@ class Job:
     epilogue: Callable[[Tile, slice, Array, list[Array], list[Array | None]], None]
     nanoseconds: float  #: estimated time of one pair on all threads
     progress: Any = False
+    fused: Callable[[Tile, list[Array], list[Array | None]], None] | None = None
 
 
 def side_of(job: Job) -> int:
     """Rows of a tile, so that neither its product nor its scratch is too large."""
-    side = min(SIDE, max(LEAST, len(job.x) // 4)) if job.symmetric else SIDE
     dim = max(1, job.x.shape[1])
-    while side > 256 and 2.0 * side * side * dim > _PRODUCT:
-        side //= 2
+    if job.fused:
+        side = _FUSED_SIDE
+        while side > 256 and side * side * (2.0 * dim / _FUSED_RATE + 1e-9 * job.nanoseconds) > 2 * _CALL:
+            side //= 2
+    else:
+        side = min(SIDE, max(LEAST, len(job.x) // 4)) if job.symmetric else SIDE
+        while side > 256 and 2.0 * side * side * dim > _PRODUCT:
+            side //= 2
     slices = job.outputs[0].shape[0] if len(job.outputs[0].shape) == 3 else len(job.outputs)
     if not all(_direct(out, job.x.dtype) for out in job.outputs):
         while side > 128 and side * side * slices * job.x.itemsize > _SCRATCH:
@@ -116,11 +130,11 @@ def run(job: Job) -> None:
     """Fill the outputs of a job."""
     n, m = len(job.x), len(job.y)
     side = side_of(job)
-    todo = list(tiles(n, m, job.symmetric, side))
+    todo = list(tiles(n, m, job.symmetric, side, _core.PANEL if job.fused else 1))
     direct = all(_direct(out, job.x.dtype) for out in job.outputs)
     # Threads of either pool go on spinning for a while when their work is done, and slow down the other pool. So the
     # products of many tiles come first, then all their epilogues: in place that takes no memory.
-    batch = max(1, int(_BATCH / (2.0 * side * side * job.x.shape[1]))) if direct else 1
+    batch = max(1, int(_BATCH / (2.0 * side * side * job.x.shape[1]))) if direct and not job.fused else 1
     with _Progress(job.progress, sum(tile.entries for tile in todo)) as bar:
         for start in range(0, len(todo), batch):
             ready = [_prepare(job, tile) for tile in todo[start : start + batch]]
@@ -130,7 +144,7 @@ def run(job: Job) -> None:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A tile whose inner products are there, in the first view."""
+    """A tile whose inner products are there, in the first view, unless the job is fused."""
 
     tile: Tile
     views: list[Array]
@@ -155,7 +169,8 @@ def _prepare(job: Job, tile: Tile) -> _Ready:
         mirrors.append(scratch if tile.diagonal else None)
         stores.append((out, scratch))
     products = views[0] if views[0].ndim == 2 else views[0][0]
-    product(x, y, products)
+    if not job.fused:
+        product(x, y, products)
     return _Ready(tile, views, mirrors, stores, products)
 
 
@@ -163,7 +178,10 @@ def _finish(job: Job, ready: _Ready, bar: _Progress) -> None:
     tile = ready.tile
     rows, cols = ready.products.shape
     step = max(32, int(_CALL / (1e-9 * job.nanoseconds * cols)) // 32 * 32)
-    for start in range(0, rows, step):
+    if job.fused:
+        job.fused(tile, ready.views, ready.mirrors)
+        bar.add(tile.entries)
+    for start in range(0, 0 if job.fused else rows, step):
         part = slice(start, min(start + step, rows))
         mirrors = [None if t is None else t[..., :, part] for t in ready.mirrors]
         job.epilogue(tile, part, ready.products[part], [v[..., part, :] for v in ready.views], mirrors)

@@ -20,6 +20,7 @@ from ntkfast._arrays import (
     check_memory,
     result_dtype,
 )
+from ntkfast._gemm import fuses
 from ntkfast._plan import Compiled, Mix, compile_network, mix_of
 from ntkfast._table import Path, choose
 from ntkfast._tiles import Job, Tile, product, run, side_of
@@ -57,6 +58,7 @@ class _Problem:
         norms = [self.x.norm] if self.symmetric else [self.x.norm, self.y.norm]
         self.compiled = compile_network(net, norms, self.dtype)
         self._norms = norms
+        self.wide = False
 
     def path(self, mixes: Sequence[Mix]) -> Path:
         """Table or recursion."""
@@ -176,21 +178,32 @@ def _allocate(
     return outs
 
 
-def _epilogue(
-    problem: _Problem, outputs: Callable[[Tile, slice, list[Array], list[Array | None]], tuple[list[Any], Any]]
-) -> Callable[[Tile, slice, Array, list[Array], list[Array | None]], None]:
-    """The one epilogue: inner products, row numbers and close pairs to results, by the compiled kernels."""
-    close = CLOSE[problem.dtype]
-    core = problem.compiled.core
+#: What a tile is to become: rows of it, views and transposed views of the outputs -> outputs and slices of _core.tile.
+Outputs = Callable[[Tile, slice, list[Array], list[Array | None]], tuple[list[Any], Any]]
+
+
+def _run(problem: _Problem, outs: Sequence[Any], outputs: Outputs, nanoseconds: float, progress: bool) -> None:
+    """Fill `outs` on the tile iterator: products and kernels in one pass, or products by the BLAS first."""
+    close, core, x, y = CLOSE[problem.dtype], problem.compiled.core, problem.x, problem.y
 
     def epilogue(tile: Tile, part: slice, products: Array, views: list[Array], mirrors: list[Array | None]) -> None:
         rows = slice(tile.rows.start + part.start, tile.rows.start + part.stop)
         results, slices = outputs(tile, rows, views, mirrors)
         # On a tile of the diagonal row i of this part and column i + part.start are one point.
         diagonal = -part.start if tile.diagonal else None
-        _core.tile(core, products, problem.x.tile(rows), problem.y.tile(tile.cols), diagonal, close, results, slices)
+        _core.tile(core, products, x.tile(rows), y.tile(tile.cols), diagonal, close, results, slices)
 
-    return epilogue
+    fused = None
+    if fuses(problem.dtype, problem.shape, x.rows.shape[1], problem.wide):
+        left = _core.Packed(x.rows)
+        right = left if problem.symmetric else _core.Packed(y.rows)
+
+        def fused(tile: Tile, views: list[Array], mirrors: list[Array | None]) -> None:
+            results, slices = outputs(tile, tile.rows, views, mirrors)
+            _core.fused(core, left, tile.rows.start, right, tile.cols.start, problem.wide, x.tile(tile.rows),
+                        y.tile(tile.cols), 0 if tile.diagonal else None, close, results, slices)  # fmt: skip
+
+    run(Job(x.rows, y.rows, tuple(outs), problem.symmetric, epilogue, nanoseconds, progress, fused))
 
 
 def gram(
@@ -283,8 +296,7 @@ def gram(
             for view, mirror, mix, (f, h, _), (g, k, _), table in sides
         ], None
 
-    run(Job(problem.x.rows, problem.y.rows, tuple(outs), problem.symmetric, _epilogue(problem, outputs),
-            problem.nanoseconds(path), progress))  # fmt: skip
+    _run(problem, outs, outputs, problem.nanoseconds(path), progress)
     if problem.symmetric and normalize:
         for array, (_, _, diagonal) in zip(outs, left, strict=True):
             _set_diagonal(array, diagonal)
@@ -354,8 +366,7 @@ def layer_grams(
         return [], (views[0], mirrors[0], left[rows], right[tile.cols], index, 1.0, readout.bias_variance)
 
     if count:
-        run(Job(problem.x.rows, problem.y.rows, tuple(outs), problem.symmetric, _epilogue(problem, outputs),
-                problem.nanoseconds(Path(None, "layer_grams")), progress))  # fmt: skip
+        _run(problem, outs, outputs, problem.nanoseconds(Path(None, "layer_grams")), progress)
     return outs[0] if out is not None else problem.wrap(outs[0])
 
 
