@@ -6,9 +6,9 @@
 
 namespace ntk {
 
-constexpr int kRows = 32, kCols = 128, kBlock = kRows * kCols;
+constexpr int kRows = 32, kCols = 192, kBlock = kRows * kCols;
 // Blocks are written together in patches, so that the runs of the mirror image are long.
-constexpr int kPatch = 128;
+constexpr int kPatch = 192;
 // Layers run over chunks of the block that stay in the L1 cache (three to five arrays of 512).
 constexpr int kChunk = 512;
 

@@ -43,8 +43,8 @@ template <class P, class T>
 T correlations(const Tile& t, std::int64_t i0, std::int64_t j0, int rows, int cols, Block<T>& b) {
     const P* products = static_cast<const P*>(t.products) + i0 * t.stride + j0;
     P inv[kCols];
-    T least[kCols];
-    for (int j = 0; j < kCols; ++j) inv[j] = j < cols ? P(t.j.inv[j0 + j]) : P(0), least[j] = T(1);
+    T least = T(1);
+    for (int j = 0; j < kCols; ++j) inv[j] = j < cols ? P(t.j.inv[j0 + j]) : P(0);
     for (int i = 0; i < rows; ++i) {
         T *x = b.x + i * kCols, *s = b.s + i * kCols;
         const P scale = P(t.i.inv[i0 + i]);
@@ -53,23 +53,24 @@ T correlations(const Tile& t, std::int64_t i0, std::int64_t j0, int rows, int co
         if (i0 + i + kAhead < t.rows)
             for (int j = 0; j < cols; j += 64 / int(sizeof(P))) __builtin_prefetch(row + kAhead * t.stride + j, 1);
         const std::int64_t own = t.diagonal == INT64_MIN ? -1 : i0 + i - t.diagonal - j0;
-        const bool inside = own >= 0 && own < cols;
-        const T before = inside ? least[own] : T(0);
-#pragma omp simd
+        T lowest = T(1);
+#pragma omp simd reduction(min : lowest)
         for (int j = 0; j < cols; ++j) {
             const P rho = row[j] * scale * inv[j];
             const T gap = T(at_least(P(1) - magnitude(rho), P(0)));
             x[j] = gap;
             s[j] = T(sign_of(rho));
-            least[j] = gap < least[j] ? gap : least[j];
+            lowest = gap < lowest ? gap : lowest;
         }
         for (int j = cols; j < kCols; ++j) x[j] = T(0), s[j] = T(1);
-        if (inside) x[own] = T(0), s[own] = T(1), least[own] = before;
+        if (own >= 0 && own < cols) {
+            x[own] = T(0), s[own] = T(1), lowest = T(1);
+            for (int j = 0; j < cols; ++j) lowest = j != own && x[j] < lowest ? x[j] : lowest;
+        }
+        least = lowest < least ? lowest : least;
     }
     for (int k = rows * kCols; k < kBlock; ++k) b.x[k] = T(0), b.s[k] = T(1);
-    T all = T(1);
-    for (int j = 0; j < cols; ++j) all = least[j] < all ? least[j] : all;
-    return all;
+    return least;
 }
 
 // Theta = 0 before the first layer.
@@ -175,7 +176,8 @@ void table_results(const Tile& t, std::int64_t i0, std::int64_t j0, int rows, in
             table_row(table, b.x + i * kCols, b.s + i * kCols, row, cols);
             if (fits) {
                 const T f = fi[i], h = hi[i];
-                for (int j = 0; j < cols; ++j) row[j] = fma_(row[j] * f, fj[j], h * hj[j]);
+                if (h != T(0)) for (int j = 0; j < cols; ++j) row[j] = fma_(row[j] * f, fj[j], h * hj[j]);
+                else for (int j = 0; j < cols; ++j) row[j] = row[j] * f * fj[j];
             } else {
                 const double f = out.fi[i0 + i], h = out.hi[i0 + i];
                 for (int j = 0; j < cols; ++j) row[j] = T(double(row[j]) * f * out.fj[j0 + j] + h * out.hj[j0 + j]);
@@ -314,8 +316,8 @@ void patch(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, bo
     const int rows = t.rows - i0 < kPatch ? int(t.rows - i0) : kPatch, cols = t.cols - j0 < kCols ? int(t.cols - j0) : kCols;
     const std::int64_t below = t.diagonal == INT64_MIN ? INT64_MIN : i0 - t.diagonal - j0;
     for (int i = 0; i < rows; i += w.most_rows) {
-        // Half a row: table_row writes whole 64 pairs.
-        const std::int64_t first = upper && below + i >= 64 ? 64 : 0;
+        // table_row writes whole 64 pairs.
+        const std::int64_t first = upper && below + i > 0 ? (below + i) / 64 * 64 : 0;
         if (first >= cols) break;
         const int size = rows - i < w.most_rows ? rows - i : w.most_rows;
         block<T>(plan, t, i0 + i, j0 + first, size, cols - int(first), w, results + i * kCols + first);

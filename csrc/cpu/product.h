@@ -31,7 +31,7 @@ constexpr int kLine = 64;  // bytes of a cache line
 constexpr Index kDepth = 160;
 // Largest side of a tile. The tile, both sides of a pass and those of the next stay in the L2 cache (1.3 MB or less).
 template <class A>
-constexpr Index kSide = sizeof(A) == 8 ? 192 : 288;
+constexpr Index kSide = sizeof(A) == 8 ? 192 : 384;
 constexpr Index kLeastSide = 96;
 static_assert(kSide<double> % kWide<float> == 0 && kSide<float> % kWide<float> == 0, "tiles begin at panels");
 
