@@ -2,8 +2,10 @@
 
 One process, all contenders of a comparison in turns, every answer checked before it is timed. Sections (``--only``):
 
-gram      the whole of gram against NumPy's product
+gram      the whole of gram by recursion against NumPy's product
+depth     gram at depth 1 to 1000 against NumPy's product, all in the same turns
 kernels   the compiled recursion alone, one core, data in cache
+tables    compiled tables alone, and making them, one core
 rivals    the same kernel by NumPy, numba and neural-tangents, as far as they are installed
 close     what close pairs cost
 process   import time, size of the wheel, memory beyond inputs and result
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,11 +32,10 @@ import cases
 import numpy as np
 import rivals
 
-import ntkfast as nf
-from ntkfast import _bench
+from ntkfast import _bench, _bench_kernels, _bench_text
 
 HERE = Path(__file__).resolve().parent
-SECTIONS = ("gram", "kernels", "rivals", "close", "process", "table")
+SECTIONS = ("gram", "depth", "kernels", "tables", "rivals", "close", "process", "table")
 Report = dict[str, Any]
 #: Rivals are judged by their own accuracy; this only makes sure that they compute the same kernel.
 RIVAL_TOLERANCE = {"float64": 1e-6, "float32": 1e-2}
@@ -61,34 +63,58 @@ import json, sys, time
 sys.path.insert(0, {here!r})
 import cases
 from ntkfast import _bench
-print(json.dumps([_bench.measure(case, {rounds}, time.thread_time) for case in cases.whole({n}, {d})]))
+print(json.dumps({expression}))
 """
+
+
+def on_one_thread(expression: str) -> Any:
+    """The value of an expression over cases, _bench and time, in a process with one thread of every kind."""
+    code = _ONE_THREAD.format(here=str(HERE), expression=expression)
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | _bench_kernels.ONE_THREAD,
+                          check=True, capture_output=True, text=True)  # fmt: skip
+    return json.loads(done.stdout)
 
 
 def measure_gram(report: Report, quick: bool) -> None:
     """Gram matrices against X @ X.T at the size the targets name; then the CPU time of one thread, immune to others."""
     size = {"n": 1024, "d": 784} if quick else cases.LARGE
-    for case, limit in zip(cases.whole(**size), (1.5, 3.0), strict=True):
-        note(case.name)
-        row = _bench.measure(case, 5 if quick else 21)
-        report["gram"].append(row | {"clock": "wall"})
-        add_target(report, f"{case.name}, float64, over X @ X.T", row["ratio"][1], limit, "")
+    for case in cases.whole(**size):
+        note(f"{case.name}, {case.path or 'any path'}")
+        report["gram"].append(_bench.measure(case, 5 if quick else 21) | {"clock": "wall"})
     note("one thread")
-    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"), "1")
-    code = _ONE_THREAD.format(here=str(HERE), rounds=3 if quick else 11, **size)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | one, check=True, capture_output=True, text=True
-    )
-    for row, limit in zip(json.loads(done.stdout), (1.5, 3.0), strict=True):
-        report["gram"].append(row | {"clock": "CPU, one thread"})
-        name = f"{row['case']}, float64, over X @ X.T, CPU time of one thread"
-        add_target(report, name, row["ratio"][1], limit, "")
+    rounds = 3 if quick else 11
+    found = on_one_thread(f"[_bench.measure(case, {rounds}, time.thread_time) for case in cases.whole(**{size})]")
+    report["gram"] += [row | {"clock": "CPU, one thread"} for row in found]
+    for row in report["gram"]:
+        if row["path"] == "recursion":
+            name = f"{row['case']}, recursion, {row['dtype']}, over X @ X.T, {row['clock']}"
+            add_target(report, name, row["ratio"][1], 3.0 if "gelu" in row["case"] else 1.5, "")
+
+
+def measure_depth(report: Report, quick: bool) -> None:
+    """What depth costs: gram at several depths and both of NumPy's products in the same turns."""
+    d = cases.LARGE["d"]
+    for n in (1024,) if quick else (4096, 8192):
+        rounds = 3 if quick else (15 if n == 4096 else 7)
+        for dtype in ("float64", "float32"):
+            note(f"any depth, n={n} {dtype}")
+            report["depth"] += [row | {"clock": "wall"} for row in _bench.depth_rows(n, d, dtype, rounds)]
+    n, rounds = (1024, 3) if quick else (4096, 9)
+    for dtype in ("float64", "float32"):
+        note(f"any depth, n={n} {dtype}, one thread")
+        found = on_one_thread(f"_bench.depth_rows({n}, {d}, {dtype!r}, {rounds}, time.thread_time)")
+        report["depth"] += [row | {"clock": "CPU, one thread"} for row in found]
+    for row in report["depth"]:
+        name = f"{row['case']}, n = {row['n']}, {row['dtype']}, {row['clock']}"
+        add_target(report, f"{name}: over X @ X.T", row["ratio"][1], 1.12, "")
+        if row["depth"] == 1000:
+            add_target(report, f"{name}: over depth 3, tables made before", row["over_3"][1], 1.05, "")
 
 
 def measure_kernels(report: Report, quick: bool) -> None:
     """ns per entry and layer on one core."""
     note("compiled kernels alone")
-    report["kernels"] = _bench.kernels_on_one_core(*((10, 1) if quick else (60, None)))
+    report["kernels"] = _bench_kernels.one_core("kernel_rows", *((10, 1) if quick else (60, None)))
     for dtype, limit in (("float64", 1.1), ("float32", 0.4)):
         row = next(r for r in report["kernels"] if r["family"] == "fully connected" and r["dtype"] == dtype)
         add_target(report, f"recursion, {dtype}, one more layer", row["per_layer"][1], limit, "ns per entry and core")
@@ -96,8 +122,23 @@ def measure_kernels(report: Report, quick: bool) -> None:
                    row["whole"]["10"][1], limit, "ns per entry and core")  # fmt: skip
 
 
-def _gram_call(net: nf.Network, x: np.ndarray, out: np.ndarray) -> Callable[[], object]:
-    return lambda: nf.gram(net, x, out=out)
+def measure_tables(report: Report, quick: bool) -> None:
+    """Evaluation of compiled tables on one core, and the first call's making of them."""
+    note("tables alone")
+    report["tables"] = _bench_kernels.one_core("table_rows", *((5, 1) if quick else (60, None)))
+    report["builds"] = _bench_kernels.one_core("build_rows", *((2, 1) if quick else (15, None)))
+    refused = [row for row in report["builds"] if not row["reached"]]
+    add_target(report, "tables that are not accurate enough", float(len(refused)), 0.0, "")
+    for dtype, fast, error in (("float64", 0.9, 2e-14), ("float32", 0.25, 1e-6)):
+        rows = [row for row in report["tables"] if row["dtype"] == dtype]
+        worst = max(row["values"][row["isa"]][1] for row in rows)
+        add_target(report, f"table, {dtype}: evaluation, the slowest", worst, fast, "ns per entry and core")
+        add_target(report, f"table, {dtype}: error against the recursion", max(row["error"] for row in rows), error, "")
+    portable = max(list(row["values"].values())[-1][1] for row in report["tables"])
+    add_target(report, "table, portable code: evaluation, the slowest", portable, 4.5, "ns per entry and core")
+    for depth, limit in ((100, 5.0), (1000, 60.0)):
+        slowest = max(row["seconds"][1] for row in report["builds"] if row["depth"] == depth)
+        add_target(report, f"plan and table of depth {depth}, the slowest", 1e3 * slowest, limit, "ms")
 
 
 def _contest(case: _bench.Case, quick: bool) -> list[Report]:
@@ -107,10 +148,12 @@ def _contest(case: _bench.Case, quick: bool) -> list[Report]:
     contenders, missing = rivals.rivals(x, cases.RIVAL_DEPTH)
     for line in missing:
         note(line)
-    ours = rivals.Rival("ntkfast", _gram_call(case.network, x, out), _bench.tiled_product(x))
+    product = _bench.tiled_product(x)
+    ours = [rivals.Rival(cases.OURS, _bench.gram_call(replace(case, path="recursion"), x, out), product),
+            rivals.Rival("ntkfast, table", _bench.gram_call(replace(case, path="table"), x, out), product)]  # fmt: skip
     groups: dict[bool, list[Report]] = {False: [], True: []}
     calls: dict[str, Callable[[], object]] = {}
-    for rival in (ours, *contenders):
+    for rival in (*ours, *contenders):
         note(f"checking {rival.name}")
         error = _bench.max_error(case.network, x, np.asarray(rival.gram()))
         if not error < RIVAL_TOLERANCE[case.dtype]:
@@ -122,8 +165,10 @@ def _contest(case: _bench.Case, quick: bool) -> list[Report]:
                              "depth": cases.RIVAL_DEPTH, "error": error})  # fmt: skip
         calls[rival.name], calls[f"{rival.name}: product"] = rival.gram, rival.product
     for slow, rows in groups.items():
+        if not rows:
+            continue
         # Ours runs with the slow ones, too: every row is compared with times of its own turns.
-        names = dict.fromkeys(["ntkfast", *(row["name"] for row in rows)])
+        names = dict.fromkeys([cases.OURS, *(row["name"] for row in rows)])
         note(f"timing {', '.join(names)}")
         turn = {key: calls[key] for name in names for key in (name, f"{name}: product")}
         times = _bench.interleave(turn | _bench.numpy_products(x), 3 if quick else (5 if slow else 21))
@@ -133,9 +178,9 @@ def _contest(case: _bench.Case, quick: bool) -> list[Report]:
 
 
 def _beyond(name: str, times: dict[str, Any]) -> Report:
-    """Times of one contender, its time beyond its own product, and that over ntkfast's in the same turns."""
+    """Times of one contender, its time beyond its own product, and that over our recursion's in the same turns."""
     product = min(("X @ X.T", "X @ X.copy().T"), key=lambda key: float(np.median(times[key])))
-    beyond = {key: times[key] - times[f"{key}: product"] for key in (name, "ntkfast")}
+    beyond = {key: times[key] - times[f"{key}: product"] for key in (name, cases.OURS)}
     return {
         "rounds": len(times[name]),
         "seconds": _bench.quartiles(times[name]),
@@ -143,7 +188,7 @@ def _beyond(name: str, times: dict[str, Any]) -> Report:
         "numpy_seconds": _bench.quartiles(times[product]),
         "beyond": _bench.quartiles(beyond[name]),
         "beyond_numpy": _bench.quartiles(times[name] - times[product]),
-        "over_ntkfast": float(np.median(beyond[name]) / np.median(beyond["ntkfast"])),
+        "over_ntkfast": float(np.median(beyond[name]) / np.median(beyond[cases.OURS])),
     }
 
 
@@ -157,7 +202,7 @@ def measure_rivals(report: Report, quick: bool) -> None:
             continue
         for prefix, limit in (("neural-tangents", 15.0), ("numba", 5.0)):
             best = min((row["over_ntkfast"] for row in found if row["name"].startswith(prefix)), default=None)
-            name = f"time beyond the own product, float64, depth {cases.RIVAL_DEPTH}: {prefix} over ntkfast"
+            name = f"time beyond the own product, float64, depth {cases.RIVAL_DEPTH}: {prefix} over {cases.OURS}"
             add_target(report, name, best, limit, "", least=True)
 
 
@@ -171,10 +216,10 @@ def measure_close(report: Report, quick: bool) -> None:
         calls: dict[str, Callable[[], object]] = {}
         out = np.empty((n, n), dtype=dtype)
         for name, case in chosen.items():
-            x, net = case.points()[:n], case.network
-            nf.gram(net, x, out=out)
-            _bench.check(f"{name} close", _bench.max_error(net, x, out), dtype)
-            calls[name] = _gram_call(net, x, out)
+            x = case.points()[:n]
+            calls[name] = _bench.gram_call(case, x, out)
+            calls[name]()
+            _bench.check(f"{name} close", _bench.max_error(case.network, x, out), dtype)
         calls.update(_bench.numpy_products(x))
         note(f"close pairs, {dtype}")
         times = _bench.interleave(calls, 3 if quick else 9)
@@ -232,7 +277,7 @@ def measure_process(report: Report, quick: bool) -> None:
 def measure_table(report: Report, quick: bool) -> None:
     """All sizes, depths, dtypes and families."""
     for case in cases.small_table() if quick else cases.table():
-        note(f"{case.name} n={case.n} d={case.d} {case.dtype}")
+        note(f"{case.name} n={case.n} d={case.d} {case.dtype} {case.path}")
         report["table"].append(_bench.measure(case, 3 if quick else (5 if case.n > 4096 else 9)))
 
 
@@ -251,10 +296,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="FILE")
     options = parser.parse_args(argv)
     begin = time.perf_counter()
-    report: Report = {"machine": _bench.machine() | rivals.versions(), "targets": [], "gram": [], "kernels": [],
-                      "rivals": [], "close": [], "process": {}, "table": []}  # fmt: skip
-    measures = {"gram": measure_gram, "kernels": measure_kernels, "rivals": measure_rivals, "close": measure_close,
-                "process": measure_process, "table": measure_table}  # fmt: skip
+    report: Report = {"machine": _bench.machine() | rivals.versions(), "targets": [], "gram": [], "depth": [],
+                      "kernels": [], "tables": [], "builds": [], "rivals": [], "close": [], "process": {},
+                      "table": []}  # fmt: skip
+    measures = {"gram": measure_gram, "depth": measure_depth, "kernels": measure_kernels, "tables": measure_tables,
+                "rivals": measure_rivals, "close": measure_close, "process": measure_process,
+                "table": measure_table}  # fmt: skip
     # The rivals come last: JAX and TensorFlow bring threads of their own.
     default = None if options.only or options.quick else HERE / "results" / f"{slug(report['machine']['cpu'])}.json"
     path = options.out or default
@@ -267,7 +314,7 @@ def main(argv: list[str]) -> int:
     for target in report["targets"]:
         value = "-" if target["measured"] is None else f"{target['measured']:.3g}"
         print(f"{target['verdict']:12}  {value:>8}  {target['limit']:32}  {target['target']}")
-    print(f"{_bench.machine_line(report['machine'])}; {time.perf_counter() - begin:.0f} s")
+    print(f"{_bench_text.machine_line(report['machine'])}; {time.perf_counter() - begin:.0f} s")
     return 0
 
 

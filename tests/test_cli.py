@@ -346,8 +346,8 @@ def test_demo_prints_a_table_and_draws_a_picture(folder, capsys):
     assert main(["demo", "--quick", "--out", "picture.png"]) == 0
     output = capsys.readouterr().out
     lines = output.splitlines()
-    head = next(k for k, text in enumerate(lines) if text.startswith("network"))
-    rows = [text.split() for text in lines[head + 1 : lines.index("", head)]]
+    heads = [k for k, text in enumerate(lines) if text.startswith("network")]
+    rows, deep = ([text.split() for text in lines[head + 1 : lines.index("", head)]] for head in heads)
     assert [(row[0], row[1]) for row in rows] == [(name, depth) for name in BUILDERS for depth in ("3", "10")]
     for _, _, gram_ms, numpy_ms, ratio, error, least, accuracy, *_ in rows:
         assert float(gram_ms) > 0
@@ -356,10 +356,34 @@ def test_demo_prints_a_table_and_draws_a_picture(folder, capsys):
         assert float(error) < 1e-13
         assert 0 < float(least) < 1
         assert 80 < float(accuracy) <= 100
+    check_depths(deep)
     assert "max|R|" in output
     assert np.__version__ in output
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert names(folder) == {"picture.png"}
+
+
+def check_depths(rows):
+    """Both limits of infinite depth (MATH.md, section 4) show: 1/4 for feed-forward networks, one block otherwise."""
+    assert [(row[0], row[1]) for row in rows] == [
+        (name, depth) for name in ("feed-forward", "residual") for depth in ("1", "10", "100")
+    ]
+    feed_forward, residual = ([[float(x) for x in row[3:8]] for row in part] for part in (rows[:3], rows[3:]))
+    for first, again, *_ in feed_forward + residual:
+        assert first > 0
+        assert again > 0
+    mean, distance, least = zip(*(row[2:] for row in feed_forward), strict=True)
+    assert mean[0] > mean[1] > mean[2] > 0.25
+    assert mean[2] < 0.3
+    assert distance[0] > distance[1] > distance[2] < 0.2
+    assert least[0] < least[1] < least[2] < 0.75
+    mean, distance, least = zip(*(row[2:] for row in residual), strict=True)
+    assert distance[0] < 1e-13  # one block is its own limit
+    assert 3 < distance[1] / distance[2] < 30  # 1/depth
+    assert max(mean) - min(mean) < 0.01
+    assert max(least) < 0.05
+    assert {row[2] for row in rows} <= {"table", "recursion"}
+    assert rows[2][2] == "table"
 
 
 @pytest.mark.parametrize("missing", ["sklearn", "matplotlib"])

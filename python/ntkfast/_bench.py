@@ -10,10 +10,10 @@ import argparse
 import datetime
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkfast import _bench_text as text
 from ntkfast import _core, reference
+from ntkfast._bench_kernels import one_core, quartiles
+from ntkfast._machine import blas, processor
 from ntkfast._plan import mix_of
 from ntkfast._tiles import Job, run
 from ntkfast.gram import _Problem, gram
@@ -39,12 +42,8 @@ _PAUSE = 0.03
 _SAMPLE = 40
 #: The reference itself sees the angle of two points with an error of 1e-16 / angle; closer pairs are left out.
 _CLOSE = 5e-5
-#: Pairs of a tile for the kernel rows: products and results together stay in a cache of 1 MB.
-_TILE = (64, 512)
-#: Depths of the kernel rows: the slope between the last two is what one more layer costs.
-_DEPTHS = (3, 10, 34)
-#: Longest time for one of the kernel rows.
-_KERNEL_SECONDS = 4.0
+#: Depths that are compared in one run, in `depth_rows`.
+GRAM_DEPTHS = (1, 3, 100, 1000)
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Case:
     d: int
     dtype: str = "float64"
     rows: str = "normal"  #: "normal": norms differ by a few percent; "unit"
+    path: str = ""  #: "table" or "recursion": forced; "": as gram chooses
     clusters: int = 0  #: > 0: every point is close to one of so many centres, in random order
 
     def points(self) -> Array:
@@ -78,16 +78,17 @@ def standard_cases(quick: bool) -> list[Case]:
     """The table of ``python -m ntkfast bench``."""
     if quick:
         small = partial(Case, n=512, d=64)
-        return [small("fully_connected(3)", fully_connected(3)),
-                small("fully_connected(3)", fully_connected(3), dtype="float32"),
-                small("bottleneck_resnet(10)", bottleneck_resnet(10)),
+        return [small("fully_connected(3)", fully_connected(3), path="recursion"),
+                small("fully_connected(3)", fully_connected(3), dtype="float32", path="recursion"),
+                small("bottleneck_resnet(10)", bottleneck_resnet(10), path="table"),
                 small("fully_connected(2, gelu), unit rows", fully_connected(2, "gelu"), rows="unit")]  # fmt: skip
     large = partial(Case, n=4096, d=784)
-    deep = [large(f"fully_connected({depth})", fully_connected(depth)) for depth in (1, 3, 10, 100)]
+    recursion = partial(large, path="recursion")
+    deep = [recursion(f"fully_connected({depth})", fully_connected(depth)) for depth in (1, 3, 10, 100)]
     biases = fully_connected(3, bias_variance=0.1)
     return [*deep,
-            large("fully_connected(3)", fully_connected(3), dtype="float32"),
-            large("fully_connected(10)", fully_connected(10), dtype="float32"),
+            recursion("fully_connected(3)", fully_connected(3), dtype="float32"),
+            recursion("fully_connected(10)", fully_connected(10), dtype="float32"),
             Case("fully_connected(3)", fully_connected(3), 1024, 784),
             Case("fully_connected(3)", fully_connected(3), 8192, 784),
             Case("fully_connected(3)", fully_connected(3), 4096, 64),
@@ -96,6 +97,7 @@ def standard_cases(quick: bool) -> list[Case]:
             large("fixed_readout_resnet(10)", fixed_readout_resnet(10)),
             large("fully_connected(3), biases", biases),
             large("fully_connected(3, erf)", fully_connected(3, "erf")),
+            recursion("fully_connected(3, gelu), unit rows", fully_connected(3, "gelu"), rows="unit"),
             large("fully_connected(3, gelu), unit rows", fully_connected(3, "gelu"), rows="unit"),
             large("fully_connected(3, tanh), unit rows", fully_connected(3, "tanh"), rows="unit")]  # fmt: skip
 
@@ -119,16 +121,11 @@ def interleave(
             return {name: np.array(values) for name, values in times.items()}
 
 
-def quartiles(values: Any) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    return [float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))]
-
-
-def max_error(net: Network, x: Array, result: Array) -> float:
+def max_error(net: Network, x: Array, result: Array, exact: Callable[[Network, Array], Any] = reference.gram) -> float:
     """Largest |K - K_ref| / max(|K_ref|, 0.1 max |K_ref|) on a sample of rows and columns; NaN if any entry is."""
     some = np.sort(np.random.default_rng(0).choice(len(x), min(len(x), _SAMPLE), replace=False))
     points = x[some].astype(np.float64)
-    expected = np.asarray(reference.gram(net, points))
+    expected = np.asarray(exact(net, points))
     unit = points / np.linalg.norm(points, axis=1, keepdims=True)
     trusted = (np.abs(unit @ unit.T) < 1 - _CLOSE) | np.eye(len(some), dtype=bool)
     error = np.abs(result[np.ix_(some, some)] - expected) / np.maximum(np.abs(expected), 0.1 * np.abs(expected).max())
@@ -140,6 +137,38 @@ def check(name: str, error: float, dtype: str) -> float:
     if not error <= TOLERANCE[dtype]:
         raise ArithmeticError(f"{name}, {dtype}: error {error:.1e} exceeds {TOLERANCE[dtype]:.0e}; not timed")
     return error
+
+
+@contextmanager
+def forced(path: str) -> Iterator[None]:
+    """gram by "table" or "recursion" ("": as it chooses)."""
+    before = os.environ.get("NTKFAST_PATH", "")
+    os.environ["NTKFAST_PATH"] = path or before
+    try:
+        yield
+    finally:
+        os.environ["NTKFAST_PATH"] = before
+
+
+def by_recursion(net: Network, x: Array) -> Any:
+    """The judge of deep networks, where the reference loses digits at every layer: 1e-11 at depth 1000."""
+    with forced("recursion"):
+        return gram(net, x)
+
+
+def path_of(net: Network, x: Array) -> str:
+    """The path of gram(net, x)."""
+    return "recursion" if _Problem(net, x, None, None, None).path([mix_of(net, "ntk")]).tables is None else "table"
+
+
+def gram_call(case: Case, x: Array, out: Array) -> Callable[[], Array]:
+    """gram of a case on its path, into `out`."""
+
+    def call() -> Array:
+        with forced(case.path):
+            return np.asarray(gram(case.network, x, out=out))
+
+    return call
 
 
 def numpy_products(x: Array) -> dict[str, Callable[[], object]]:
@@ -158,17 +187,18 @@ def measure(case: Case, rounds: int | None = None, clock: Callable[[], float] = 
     """One row: check, then time gram, NumPy's products, and the products of gram's own tiles in turns."""
     x = case.points()
     out = np.empty((case.n, case.n), dtype=case.dtype)
-    calls: dict[str, Callable[[], object]] = {"gram": lambda: gram(case.network, x, out=out), **numpy_products(x),
+    calls: dict[str, Callable[[], object]] = {"gram": gram_call(case, x, out), **numpy_products(x),
                                               "tiles": tiled_product(x)}  # fmt: skip
     calls["gram"]()
     error = check(case.name, max_error(case.network, x, out), case.dtype)
+    with forced(case.path):
+        path = path_of(case.network, x)
     times = interleave(calls, rounds, clock=clock)
     best = min(("X @ X.T", "X @ X.copy().T"), key=lambda name: float(np.median(times[name])))
     median = float(np.median(times["gram"]))
-    steps = case.pairs * len(case.network.layers)
     return {
         "case": case.name, "n": case.n, "d": case.d, "dtype": case.dtype, "rows": case.rows,
-        "layers": len(case.network.layers), "rounds": len(times["gram"]),
+        "path": path, "layers": len(case.network.layers), "rounds": len(times["gram"]),
         "seconds": {name: quartiles(values) for name, values in times.items()},
         "product": best,
         "ratio": quartiles(times["gram"] / times[best]),
@@ -176,73 +206,40 @@ def measure(case: Case, rounds: int | None = None, clock: Callable[[], float] = 
         "product_gflops": 2e-9 * case.n**2 * case.d / float(np.median(times[best])),
         "beyond_product": quartiles(times["gram"] - times[best]),
         "beyond_tiles": quartiles(times["gram"] - times["tiles"]),
-        "ns_per_pair_layer_core":
-            1e9 * float(np.median(times["gram"] - times["tiles"])) * _core.threads() / steps,
+        "ns_per_pair_core":
+            1e9 * float(np.median(times["gram"] - times["tiles"])) * _core.threads() / case.pairs,
         "error": error,
     }  # fmt: skip
 
 
-def _families() -> list[tuple[str, Callable[[int], Network], bool]]:
-    """(name, network of a depth, unit rows) of the kernel rows."""
-    return [("fully connected", fully_connected, True),
-            ("residual", resnet, True),
-            ("bottleneck", bottleneck_resnet, True),
-            ("fully connected, biases", partial(fully_connected, bias_variance=0.1), True),
-            ("fully connected, erf", partial(fully_connected, activation="erf"), True),
-            ("fully connected, gelu", partial(fully_connected, activation="gelu"), True),
-            ("fully connected, tanh", partial(fully_connected, activation="tanh"), True),
-            ("fully connected, tanh, norms differ", partial(fully_connected, activation="tanh"), False)]  # fmt: skip
+def depth_rows(
+    n: int, d: int, dtype: str, rounds: int | None = None, clock: Callable[[], float] = time.perf_counter
+) -> list[dict[str, Any]]:
+    """gram at every depth of GRAM_DEPTHS, as it chooses its path, and NumPy's products, all in the same turns.
 
-
-def _tile_call(net: Network, dtype: str, unit: bool) -> Callable[[], object]:
-    """The compiled kernel alone on one tile in cache: no BLAS, no search for close pairs, no mirror image."""
-    rows, cols = _TILE
-    x = np.random.default_rng(1).standard_normal((rows + cols, 32)) / np.sqrt(32.0)
-    if unit:
-        x /= np.linalg.norm(x, axis=1, keepdims=True)
-    x = x.astype(dtype)
-    problem = _Problem(net, x[:rows], x[rows:], None, None)
-    products = x[:rows] @ x[rows:].T
-    result = np.empty_like(products)
-    ones, zeros = (np.ones(rows), np.ones(cols)), (np.zeros(rows), np.zeros(cols))
-    outputs = [(result, None, mix_of(net, "ntk").as_list(), *ones, *zeros, None)]
-    sides = problem.x.tile(slice(0, rows)), problem.y.tile(slice(0, cols))
-    return lambda: _core.tile(problem.compiled.core, products, *sides, None, 0.0, outputs, None)
-
-
-def kernel_rows(samples: int, families: int | None = None) -> list[dict[str, Any]]:
-    """CPU time in ns per entry and layer of the recursion alone, data in cache; needs a process with one thread."""
-    found, entries = [], _TILE[0] * _TILE[1]
-    for name, build, unit in _families()[:families]:
-        for dtype in ("float64", "float32"):
-            calls = {depth: _tile_call(build(depth), dtype, unit) for depth in _DEPTHS}
-            cost: dict[int, list[float]] = {depth: [] for depth in _DEPTHS}
-            begin = time.perf_counter()
-            for sample in range(-1, samples):
-                if sample > 4 and time.perf_counter() - begin > _KERNEL_SECONDS:
-                    break
-                for depth, call in calls.items():
-                    # The thread's own clock, as others may run on this core; and short samples in turns.
-                    count, start = max(1, 60 // depth), time.thread_time()
-                    for _ in range(count):
-                        call()
-                    if sample >= 0:
-                        cost[depth].append(1e9 * (time.thread_time() - start) / (count * entries))
-            low, high = _DEPTHS[-2:]
-            found.append({
-                "family": name, "dtype": dtype, "threads": _core.threads(),
-                "per_layer": quartiles((np.array(cost[high]) - np.array(cost[low])) / (high - low)),
-                "whole": {str(depth): [v / depth for v in quartiles(cost[depth])] for depth in _DEPTHS},
-            })  # fmt: skip
+    "first" is the first call of all; the others find the tables made. "over_3": time over that at depth 3.
+    """
+    found, calls = [], dict[str, Callable[[], object]]()
+    x, out = Case("", fully_connected(1), n, d, dtype).points(), np.empty((n, n), dtype=dtype)
+    for depth in GRAM_DEPTHS:
+        case = Case(f"fully_connected({depth})", fully_connected(depth), n, d, dtype)
+        call = calls[case.name] = gram_call(case, x, out)
+        start = clock()
+        call()
+        first = clock() - start
+        judge = reference.gram if depth <= 100 else by_recursion
+        error = check(case.name, max_error(case.network, x, out, judge), dtype)
+        found.append({"case": case.name, "depth": depth, "n": n, "d": d, "dtype": dtype,
+                      "path": path_of(case.network, x), "first": first, "error": error})  # fmt: skip
+    products = numpy_products(x)
+    times: dict[Any, Array] = interleave({**calls, **products}, rounds, clock=clock)
+    best = min(products, key=lambda name: float(np.median(times[name])))
+    for row in found:
+        own = times[row["case"]]
+        row.update(rounds=len(own), product=best, seconds=quartiles(own), product_seconds=quartiles(times[best]),
+                   ratio=quartiles(own / times[best]), ratio_of_medians=float(np.median(own) / np.median(times[best])),
+                   over_3=quartiles(own / times["fully_connected(3)"]))  # fmt: skip
     return found
-
-
-def kernels_on_one_core(samples: int, families: int | None = None) -> list[dict[str, Any]]:
-    """`kernel_rows` in a process of its own with one thread."""
-    code = f"import json; from ntkfast._bench import kernel_rows; print(json.dumps(kernel_rows({samples}, {families})))"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          check=True, capture_output=True, text=True)  # fmt: skip
-    return list(json.loads(done.stdout))
 
 
 def reference_row(n: int, depth: int = 3) -> dict[str, Any]:
@@ -255,75 +252,15 @@ def reference_row(n: int, depth: int = 3) -> dict[str, Any]:
             "ratio": quartiles(times["reference"] / times["gram"])}  # fmt: skip
 
 
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    import platform
-
-    return platform.processor() or platform.machine()
-
-
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
     import ntkfast
 
-    config: Any = np.show_config(mode="dicts")
-    blas = config["Build Dependencies"]["blas"]
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    return {"cpu": _cpu(), "isa": _core.isa(), "threads": _core.threads(), "load": round(load, 2),
+    return {"cpu": processor(), "isa": _core.isa(), "threads": _core.threads(), "load": round(load, 2),
             "python": ".".join(map(str, sys.version_info[:3])), "numpy": np.__version__,
-            "blas": f"{blas['name']} {blas['version']}", "ntkfast": ntkfast.__version__,
+            "blas": blas(), "ntkfast": ntkfast.__version__,
             "date": datetime.date.today().isoformat()}  # fmt: skip
-
-
-def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width; the first is aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in (head, *rows)
-    ]
-    return "\n".join(lines)
-
-
-HEAD = ("gram(network, X)", "n", "d", "dtype", "ms (quartiles)", "/ X X^T", "GFLOP/s", "ns*", "max error")
-
-
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """A row of `measure` as text."""
-    low, median, high = (1e3 * t for t in row["seconds"]["gram"])
-    return [row["case"], str(row["n"]), str(row["d"]), row["dtype"], f"{median:.1f} ({low:.1f}-{high:.1f})",
-            f"{row['ratio'][1]:.2f}", f"{row['gflops']:.0f}", f"{row['ns_per_pair_layer_core']:.2f}",
-            f"{row['error']:.0e}"]  # fmt: skip
-
-
-def kernel_cells(row: Mapping[str, Any]) -> list[str]:
-    """A row of `kernel_rows` as text."""
-    whole = [f"{row['whole'][str(depth)][1]:.2f}" for depth in _DEPTHS]
-    return [row["family"], row["dtype"], f"{row['per_layer'][1]:.2f}", *whole]
-
-
-KERNEL_HEAD = ("compiled kernel alone", "dtype", "one more layer", *(f"depth {d}" for d in _DEPTHS))
-
-
-def machine_line(found: Mapping[str, Any]) -> str:
-    """The line under the table."""
-    software = f"ntkfast {found['ntkfast']}, Python {found['python']}, NumPy {found['numpy']} with {found['blas']}"
-    return (
-        f"{found['cpu']}, {found['isa']}, {found['threads']} threads, load {found['load']}; {software}; {found['date']}"
-    )
-
-
-_NOTES = """\
-/ X X^T    time over NumPy's faster one of X @ X.T and X @ X.copy().T (out= given, as for gram), same run, in turns
-GFLOP/s    2 n^2 d / time: the rate NumPy would need for its product to take as long as the whole kernel
-ns*        time beyond the products of gram's own tiles, per pair i <= j, layer and thread
-max error  against ntkfast.reference on a sample of rows: |K - K_ref| / max(|K_ref|, 0.1 max |K_ref|)"""
-_KERNEL_NOTE = "CPU ns per entry and layer, one thread, data in cache; depth columns include correlations and results"
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -349,18 +286,26 @@ def main(argv: list[str]) -> int:
         if sys.stderr.isatty():
             print(f"{case.name} n={case.n} d={case.d} {case.dtype} ...", file=sys.stderr)
         rows.append(measure(case, 3 if options.quick else None))
-    kernels = [] if options.cases else kernels_on_one_core(*((5, 2) if options.quick else (40, None)))
+    depths, kernels, tables, builds = [], [], [], []
+    if not options.cases:
+        for n, d in ((512, 64),) if options.quick else ((4096, 784), (8192, 784)):
+            for dtype in ("float64", "float32"):
+                depths += depth_rows(n, d, dtype, 3 if options.quick else None)
+        few = (5, 2) if options.quick else (40, None)
+        kernels, tables = one_core("kernel_rows", *few), one_core("table_rows", *few)
+        builds = one_core("build_rows", *((2, 2) if options.quick else (9, None)))
     slow = reference_row(256 if options.quick else 1024)
     host = machine()
     if options.json:
-        report = {"machine": host, "rows": rows, "kernels": kernels, "reference": slow}
+        report = {"machine": host, "rows": rows, "depths": depths, "kernels": kernels, "tables": tables,
+                  "builds": builds, "reference": slow}  # fmt: skip
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
-    print(text_table(HEAD, [cells(row) for row in rows]), "", _NOTES, sep="\n")
-    if kernels:
-        print("", text_table(KERNEL_HEAD, [kernel_cells(row) for row in kernels]), _KERNEL_NOTE, sep="\n")
+    print(text.grams(rows))
+    if not options.cases:
+        print("", text.depths(depths), "", text.kernels(kernels), "", text.tables(tables, builds), sep="\n")
     theirs, ours = (f"{1e3 * slow['seconds'][name][1]:.1f} ms" for name in ("reference", "gram"))
     print(f"\n{slow['case']}, n={slow['n']}: NumPy reference {theirs}, gram {ours}, ratio {slow['ratio'][1]:.0f}")
-    print(f"\n{machine_line(host)}")
+    print(f"\n{text.machine_line(host)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``python -m ntkfast demo``: handwritten digits, every family of networks, time, error, accuracy, and a picture."""
+"""``python -m ntkfast demo``: handwritten digits, every family of networks at any depth, and a picture."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 import ntkfast
 from ntkfast import reference
+from ntkfast._demo_depth import CURVES, Curve, Point, Quality, picture
 from ntkfast.network import Network
 
 Array = NDArray[np.float64]
@@ -44,14 +45,14 @@ class Sizes:
     points: int  #: of the data set
     train: int  #: points to fit, the rest tests
     splits: int  #: into training and test points
-    depths: tuple[int, ...]  #: of the table
-    picture: tuple[int, ...]  #: depths of the picture
+    depths: tuple[int, ...]  #: of the table of families
+    deep: tuple[int, ...]  #: depths of the other table, and of the picture
     runs: int  #: of each timing
     sample: int  #: points compared with the reference
 
 
-FULL = Sizes(1797, 1000, 5, (3, 30, 300), (1, 4, 16, 64, 256, 1024), 3, 200)
-QUICK = Sizes(300, 150, 2, (3, 10), (1, 16), 2, 40)
+FULL = Sizes(1797, 1000, 5, (3, 30, 300), (1, 10, 100, 1000, 10000), 3, 200)
+QUICK = Sizes(300, 150, 2, (3, 10), (1, 10, 100), 2, 40)
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,6 @@ class Data:
 
     x: Array  #: (n, d)
     label: NDArray[np.int64]  #: (n,)
-
-
-@dataclass(frozen=True)
-class Quality:
-    """What a normalised kernel is worth."""
-
-    least: float  #: eigenvalue of all points
-    accuracy: float  #: percent, mean over splits
-    spread: float  #: standard deviation over splits
 
 
 def load(points: int) -> Data:
@@ -136,10 +128,15 @@ HEAD = ("network", "depth", "gram [ms]", "X @ X.T [ms]", "ratio", "error", "leas
 WIDTHS = (21, 6, 10, 13, 6, 9, 17, 15)
 
 
-def line(cells: tuple[str, ...]) -> str:
-    """One row of the table: the first column left, the others right."""
+def line(cells: tuple[str, ...], widths: tuple[int, ...] = WIDTHS) -> str:
+    """One row of a table: the first column left, the others right."""
     first, *others = cells
-    return first.ljust(WIDTHS[0]) + "".join(c.rjust(w) for c, w in zip(others, WIDTHS[1:], strict=True))
+    return first.ljust(widths[0]) + "".join(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))
+
+
+def paragraphs(*texts: str) -> str:
+    """Text under a table."""
+    return "\n".join(textwrap.fill(text, sum(WIDTHS), subsequent_indent="  ") for text in texts)
 
 
 def row(builder: Builder, depth: int, data: Data, sizes: Sizes) -> tuple[str, int]:
@@ -158,7 +155,7 @@ def row(builder: Builder, depth: int, data: Data, sizes: Sizes) -> tuple[str, in
 
 def notes(sizes: Sizes, tests: int, pairs: int) -> str:
     """What the columns mean."""
-    texts = (
+    return paragraphs(
         f"gram, X @ X.T: medians of {sizes.runs} runs in turn, each allocating its result; of X @ X.T and "
         "X @ X.copy().T, which NumPy computes differently, the faster.",
         f"error: largest |K - R| / max(|R|, {FLOOR:g} max|R|), R from ntkfast.reference, over {pairs:,} pairs of "
@@ -168,11 +165,10 @@ def notes(sizes: Sizes, tests: int, pairs: int) -> str:
         f"accuracy: kernel ridge regression with the same kernel, ridge {RIDGE:g}, centred one-hot targets, "
         f"{sizes.train:,} training and {tests:,} test points, mean and standard deviation over {sizes.splits} splits.",
     )
-    return "\n".join(textwrap.fill(text, sum(WIDTHS), subsequent_indent="  ") for text in texts)
 
 
-def table(data: Data, sizes: Sizes, machine: str) -> None:
-    """Print the table, row by row as it is measured."""
+def table(data: Data, sizes: Sizes) -> None:
+    """Print the table of families, row by row as it is measured."""
     n, d = data.x.shape
     print(f"scikit-learn's digits: {n:,} images, {d} pixels, rows scaled to unit length, float64\n")
     print(line(HEAD))
@@ -181,116 +177,63 @@ def table(data: Data, sizes: Sizes, machine: str) -> None:
         for depth in sizes.depths:
             text, pairs = row(builder, depth, data, sizes)
             print(text, flush=True)
-    print(f"\n{notes(sizes, n - sizes.train, pairs)}\n{textwrap.fill(machine, sum(WIDTHS), subsequent_indent='  ')}")
+    print(f"\n{notes(sizes, n - sizes.train, pairs)}\n")
 
 
-# --- the picture -----------------------------------------------------------------------------------------------------
+# --- any depth --------------------------------------------------------------------------------------------------------
+
+DEEP_HEAD = ("network", "depth", "path", "first [ms]", "again [ms]", "mean", "from limit", "least eigenvalue",
+             "accuracy [%]")  # fmt: skip
+DEEP_WIDTHS = (13, 7, 11, 12, 12, 9, 12, 18, 15)
+#: Calls that take longer are not repeated.
+LONG = 1.0
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A family of networks in the picture."""
-
-    title: str
-    colour: str
-    build: Callable[[int], Network]
-
-
-#: Vermilion and blue of Okabe and Ito, told apart by colour-blind readers.
-CURVES = (
-    Curve("Feed-forward network", "#D55E00", lambda depth: ntkfast.fully_connected(depth, readout_trained=False)),
-    Curve("Residual network, α = 1/depth", "#0072B2", lambda depth: ntkfast.bottleneck_resnet(depth)),
-)
-
-
-STYLE: dict[Any, Any] = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.edgecolor": "0.3",
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlesize": 11,
-    "axes.titlepad": 9,
-    "grid.color": "0.92",
-    "legend.frameon": False,
-}
-#: How the limits of the feed-forward kernel are drawn: 1/4 off the diagonal, so 3/4 for the least eigenvalue.
-LIMIT: dict[str, Any] = {"color": "0.35", "lw": 0.9, "ls": (0, (4, 3)), "zorder": 1}
-LIMIT_TEXT: dict[str, Any] = {"color": "0.35", "fontsize": 9, "va": "top"}
+def deep_point(curve: Curve, depth: int, data: Data, sizes: Sizes, limit: Array) -> Point:
+    """One depth of one family measured; `limit` is its kernel at infinite depth, (n, n)."""
+    net, n = curve.build(depth), len(data.x)
+    start = time.perf_counter()
+    K = ntkfast.gram(net, data.x, normalize=True)
+    first = time.perf_counter() - start
+    again = None
+    if first < LONG:
+        (again,) = seconds([lambda: ntkfast.gram(net, data.x, normalize=True)], sizes.runs)
+    path = net.plan(data.x).split(maxsplit=1)[0].rstrip(":")
+    off = K[~np.eye(n, dtype=bool)]
+    distance = float(np.abs(off - limit[~np.eye(n, dtype=bool)]).max())
+    return Point(depth, path, first, again, float(off.mean()), distance, quality(K, data, sizes))
 
 
-def kernel_of_correlation(net: Network) -> tuple[Array, Array]:
-    """(rho, normalised kernel of two unit vectors with correlation rho); dense where deep kernels are steep."""
-    angle = np.pi * np.linspace(0, 1, 501) ** 3
-    points = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    return points[:, 0], ntkfast.gram(net, points[:1], points, normalize=True)[0]
+def deep_cells(curve: Curve, point: Point) -> tuple[str, ...]:
+    """A row of the table of depths."""
+    again = "-" if point.again is None else f"{1e3 * point.again:.1f}"
+    found = point.quality
+    return (curve.name, f"{point.depth}", point.path, f"{1e3 * point.first:.1f}", again, f"{point.mean:.4f}",
+            f"{point.distance:.0e}", f"{found.least:.4f}", f"{found.accuracy:.1f} +- {found.spread:.1f}")  # fmt: skip
 
 
-def draw_kernels(axes: Any, curve: Curve, depths: tuple[int, ...]) -> None:
-    """The kernel as a function of the correlation, one line per depth."""
-    import matplotlib
-
-    shades = matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1, len(depths)))
-    for depth, shade in zip(depths, shades, strict=True):
-        axes.plot(*kernel_of_correlation(curve.build(depth)), color=shade, lw=1.8, label=f"{depth:,}")
-    axes.set_title(curve.title, color=curve.colour)
-    axes.set(xlim=(-1, 1), ylim=(-0.22, 1.02), xticks=(-1, -0.5, 0, 0.5, 1), yticks=(0, 0.25, 0.5, 0.75, 1))
-    axes.set_ylabel("kernel, K(ρ) / K(1)")
-
-
-def draw_depth(top: Any, bottom: Any, data: Data, sizes: Sizes) -> None:
-    """Accuracy (with its spread) and least eigenvalue against depth, both families."""
-    depths = sizes.picture
+def deep_table(data: Data, sizes: Sizes, machine: str) -> list[list[Point]]:
+    """Print what depth does to both families; for each of CURVES its rows."""
+    print(line(DEEP_HEAD, DEEP_WIDTHS))
+    rows: list[list[Point]] = []
     for curve in CURVES:
-        kernels = (ntkfast.gram(curve.build(depth), data.x, normalize=True) for depth in depths)
-        found = [quality(K, data, sizes) for K in kernels]
-        mean, spread = np.array([q.accuracy for q in found]), np.array([q.spread for q in found])
-        style = {"color": curve.colour, "lw": 1.8, "ms": 4.5, "label": curve.title}
-        top.plot(depths, mean, "o-", **style)
-        top.fill_between(depths, mean - spread, mean + spread, color=curve.colour, alpha=0.2, lw=0)
-        bottom.plot(depths, [q.least for q in found], "o-", **style)
-    bottom.axhline(0.75, **LIMIT)
-    bottom.text(depths[0], 0.735, "feed-forward limit 3/4", **LIMIT_TEXT)
-    bottom.set(ylim=(0, 0.8), yticks=(0, 0.25, 0.5, 0.75))
-    top.set_title("Test accuracy of kernel regression")
-    top.set_ylabel("correct [%]")
-    bottom.set_title("Least eigenvalue of the Gram matrix")
-    bottom.set_ylabel(r"$\lambda_{\min}$, unit diagonal")
-    for axes in (top, bottom):
-        axes.set_xscale("log")
-        axes.set_xticks(depths, [f"{depth:,}" for depth in depths])
-        axes.minorticks_off()
-
-
-def picture(data: Data, sizes: Sizes) -> Any:
-    """Four panels: kernels of both families left, what depth does to them right."""
-    import matplotlib
-    from matplotlib.figure import Figure  # without pyplot: no global state, and files are drawn by Agg
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    with matplotlib.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.05, hspace=0.05)
-        figure = Figure(figsize=(9.6, 7.0), dpi=160, layout=layout)
-        panels = figure.subplots(2, 2)
-        for axes, curve in zip(panels[:, 0], CURVES, strict=True):
-            draw_kernels(axes, curve, sizes.picture)
-            axes.set_xlabel("correlation ρ of the two inputs")
-        draw_depth(panels[0, 1], panels[1, 1], data, sizes)
-        for axes in panels[:, 1]:
-            axes.set_xlabel("depth")
-        panels[0, 0].axhline(0.25, **LIMIT)
-        panels[0, 0].text(-0.97, 0.235, "limit 1/4", **LIMIT_TEXT)
-        panels[0, 0].legend(title="depth", ncols=2, loc="upper left", alignment="left")
-        panels[0, 1].legend(loc="lower left", labelcolor="linecolor")
-    figure.supxlabel(
-        f"Tangent kernels of ReLU networks of infinite width. Right: digits, {sizes.train:,} training points, "
-        f"mean ± standard deviation over {sizes.splits} splits.",
-        fontsize=9, color="0.35",
-    )  # fmt: skip
-    return figure
+        limit, points = curve.limit(data.x), []
+        for depth in sizes.deep:
+            points.append(deep_point(curve, depth, data, sizes, limit))
+            print(line(deep_cells(curve, points[-1]), DEEP_WIDTHS), flush=True)
+        rows.append(points)
+    text = paragraphs(
+        "Networks of Huang et al. (feed-forward: fixed readout; residual: two matrices a block, alpha = 1/depth), all "
+        "points, kernels normalised.",
+        f"first: with compiling the network; again: median of {sizes.runs} more calls, unless the first took {LONG:g} "
+        "s. path: one table for all layers, or the recursion through them (net.plan(X) says why).",
+        "mean: of the entries off the diagonal. from limit: largest distance of such an entry from the limit of "
+        "infinite depth: 1/4 for any two points (feed-forward), the kernel of one block, by ntkfast.reference "
+        "(residual).",
+        machine,
+    )
+    print(f"\n{text}")
+    return rows
 
 
 def save(figure: Any, path: Path) -> None:
@@ -304,7 +247,7 @@ def save(figure: Any, path: Path) -> None:
 
 
 def run(out: Path, *, quick: bool, machine: str) -> None:
-    """Print the table and write the picture."""
+    """Print the tables and write the picture."""
     start = time.perf_counter()
     try:
         import matplotlib  # noqa: F401
@@ -317,6 +260,7 @@ def run(out: Path, *, quick: bool, machine: str) -> None:
         raise OSError(f"{out} is a directory" if out.is_dir() else f"{out}: the directory {out.parent} does not exist")
     sizes = QUICK if quick else FULL
     data = load(sizes.points)
-    table(data, sizes, machine)
-    save(picture(data, sizes), out)
+    table(data, sizes)
+    rows = deep_table(data, sizes, machine)
+    save(picture(rows, f"{sizes.train:,} training points, mean ± standard deviation over {sizes.splits} splits"), out)
     print(f"{out} written; {time.perf_counter() - start:.0f} s in all")
