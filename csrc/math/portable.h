@@ -6,10 +6,12 @@
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define NTK_INLINE __device__ static inline
+#define NTK_MEMBER __device__ inline
 #define NTK_CONSTANT __device__ static constexpr
 #else
 // static: a function emitted by the AVX-512 object must never be picked by the linker for an old processor.
 #define NTK_INLINE __attribute__((always_inline)) static inline
+#define NTK_MEMBER __attribute__((always_inline)) inline
 #define NTK_CONSTANT static constexpr
 #endif
 
