@@ -8,8 +8,8 @@ started with the sanitizer's library: `simulate.python(mode, ...)` starts one, i
 of every build. The same tests thus run in all modes.
 
 Python integers go to any integer parameter and floats to double, as with CuPy; NumPy scalars must have the parameter's
-size, structures are NumPy records or bytes of the right length. Pointers are NumPy arrays, None or an address. What does
-not match the kernel's parameters is an error (a GPU would read rubbish).
+size, structures are NumPy records or bytes of the right length. Pointers are NumPy arrays, None or an address. What
+does not match the kernel's parameters is an error (a GPU would read rubbish).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _of_compiler(name: str) -> Path:
 
 
 def python(mode: str, *arguments: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python *arguments` with the runtime library of a mode; returncode FOUND: the sanitizer reported something."""
+    """Run `python *arguments` with the runtime library of a mode; returncode FOUND: the sanitizer has a report."""
     variables = os.environ | {"NTKFAST_SIMULATOR": mode, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
     if mode != "plain":
@@ -116,11 +116,12 @@ class Library:
             raise SimulationError(f"{kernel} takes {len(kinds)} arguments, not {len(args)}")
         if shared_bytes > most_shared:
             raise SimulationError(f"{kernel}: {shared_bytes} bytes of dynamic shared memory, {most_shared} allowed")
-        held = [_pack(value, kind, f"{kernel}, argument {k}") for k, (value, kind) in enumerate(zip(args, kinds))]
+        pairs = enumerate(zip(args, kinds, strict=True))
+        held = [_pack(value, kind, f"{kernel}, argument {k}") for k, (value, kind) in pairs]
         pointers = (ctypes.c_void_p * max(1, len(held)))(*(b.ctypes.data for b in held))
         with self._lock:
-            failed = self._handle.sim_launch(kernel.encode(), _three(grid), _three(block), ctypes.c_size_t(shared_bytes),
-                                             ctypes.c_uint(seed), pointers)  # fmt: skip
+            sizes = (_three(grid), _three(block), ctypes.c_size_t(shared_bytes))
+            failed = self._handle.sim_launch(kernel.encode(), *sizes, ctypes.c_uint(seed), pointers)
             message = self._handle.sim_error().decode()
         if failed:
             raise SimulationError(f"{kernel}: {message}")
@@ -228,8 +229,8 @@ def compile_library(source: str | Path, mode: str | None = None, csrc: Path = CS
     simulator = [p.read_bytes() for p in sorted((HERE / "simulator").glob("*.hpp"))]
     version = _run([str(COMPILER), "--version"])
     # the text after the preprocessor, so that a header counts; the file itself, for its lines
-    parts = [text.encode(), file.read_bytes(), wrapper.encode(), *simulator, version.encode(), " ".join(options).encode()]
-    key = hashlib.sha256(b"\0".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()[:24]
+    parts = [file.read_bytes(), *simulator, *(t.encode() for t in (text, wrapper, version, " ".join(options)))]
+    key = hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()[:24]
     target = folder / f"{file.stem}-{mode}-{key}.so"
     if not target.exists():
         main = folder / f"{file.stem}-{mode}-{key}.cpp"
