@@ -33,7 +33,8 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = shutil.which("g++")
 #: options of every build: kernels are compiled without contraction on the GPU as well (compiler.py)
-COMMON = ["-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off",
+COMMON = ["-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-extern-tls-init",
+          "-ffp-contract=off",
           "-Wno-unknown-pragmas", "-Wno-clobbered", "-Wno-attributes"]  # fmt: skip
 MODES = {
     "plain": ["-O2", "-g1"],
@@ -43,7 +44,7 @@ MODES = {
 #: library to load first and the sanitizer's settings; exit codes tell a report from a failed test
 RUNTIME = {
     "address": ("libasan.so", {"ASAN_OPTIONS": "detect_leaks=0:exitcode=99:allocator_may_return_null=1",
-                               "UBSAN_OPTIONS": "print_stacktrace=1"}),
+                               "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=99"}),
     "thread": ("libtsan.so", {"TSAN_OPTIONS": "halt_on_error=1:exitcode=99:ignore_noninstrumented_modules=1"}),
 }  # fmt: skip
 FOUND = 99

@@ -53,7 +53,7 @@ struct Fiber {
     char* map = nullptr;  // a page that must not be touched, then the stack
     void* fake = nullptr;
     Context tsan = nullptr;
-    uint3 thread{};
+    uint3 index{};  // threadIdx
     unsigned linear = 0, barriers = 0, mask = 0;
     State state = State::done;
     const char* operation = "";
@@ -69,12 +69,18 @@ struct Group {
     alignas(16) unsigned char slot[2][kWarp][16];
 };
 
+// Where the threads of one block meet. Made anew for each, or blocks would seem to wait for each other.
+struct Meetings {
+    char barrier[2];
+    std::deque<Group> groups;  // references stay valid
+};
+
 struct Machine {
     dim3 grid, block;
     uint3 index{};  // of the block
     std::vector<std::unique_ptr<Fiber>> fibers;
-    unsigned threads = 0;
-    std::deque<Group> groups;  // references stay valid
+    std::vector<Fiber*> thread;  // of the block, in order
+    std::unique_ptr<Meetings> meetings;
     Fiber* self = nullptr;
     ucontext_t home{};
     jmp_buf home_jump{};
@@ -84,8 +90,7 @@ struct Machine {
     pthread_t owner{};
     const std::function<void()>* body = nullptr;
     std::exception_ptr error;
-    unsigned round = 0;
-    char barrier_tag[2]{}, round_tag[2]{};
+    char begin = 0, end = 0;  // of the launch
 };
 inline Machine machine;
 
@@ -95,7 +100,7 @@ inline Machine machine;
     const char* slash = std::strrchr(file, '/');
     char text[256];
     std::snprintf(text, sizeof text, " at %s:%u, block (%u,%u,%u) thread (%u,%u,%u)", slash ? slash + 1 : file,
-                  unsigned(f.where.line()), m.index.x, m.index.y, m.index.z, f.thread.x, f.thread.y, f.thread.z);
+                  unsigned(f.where.line()), m.index.x, m.index.y, m.index.z, f.index.x, f.index.y, f.index.z);
     throw std::runtime_error(what + text);
 }
 
@@ -133,20 +138,14 @@ inline void fiber_main() {
     auto& m = machine;
     after_switch(nullptr, &m.home_stack);
     for (;;) {
-        int turn;
-        {
-            Quiet quiet;
-            turn = int(m.round & 1);
-        }
-        // What happened in earlier blocks is over; threads of this one are not ordered. Hence two tags.
-        join(&m.round_tag[turn]);
+        join(&m.begin);  // nothing orders the blocks of a launch
         try {
             (*m.body)();
         } catch (...) {
             Quiet quiet;
             if (!m.error) m.error = std::current_exception();
         }
-        leave(&m.round_tag[turn ^ 1]);
+        leave(&m.end);
         Quiet quiet;
         m.self->state = State::done;
         switch_to_home();
@@ -185,25 +184,26 @@ inline void make_fibers(unsigned n) {
 
 inline void wait_for_block(Where where) {
     auto& m = machine;
-    int turn;
+    char* tag;
     {
         Quiet quiet;
         Fiber& f = *m.self;
-        turn = int(++f.barriers & 1);
+        tag = &m.meetings->barrier[++f.barriers & 1];  // two, as in Group
         f.state = State::at_barrier, f.operation = "__syncthreads", f.where = where;
     }
-    leave(&m.barrier_tag[turn]);
+    leave(tag);
     {
         Quiet quiet;
         switch_to_home();
     }
-    join(&m.barrier_tag[turn]);
+    join(tag);
 }
 
 inline Group& group(unsigned warp, unsigned mask) {
-    for (auto& g : machine.groups)
+    auto& groups = machine.meetings->groups;
+    for (auto& g : groups)
         if (g.warp == warp && g.mask == mask) return g;
-    return machine.groups.emplace_back(Group{warp, mask, 0, {}, {}});
+    return groups.emplace_back(Group{warp, mask, 0, {}, {}});
 }
 
 // The group's state for this turn of the calling lane; the lane is not waiting yet.
@@ -268,8 +268,8 @@ inline bool free_block() {
     auto& m = machine;
     unsigned live = 0, waiting = 0;
     const Fiber* first = nullptr;
-    for (unsigned i = 0; i < m.threads; ++i) {
-        const Fiber& f = *m.fibers[i];
+    for (const Fiber* thread : m.thread) {
+        const Fiber& f = *thread;
         live += f.state != State::done;
         if (f.state != State::at_barrier) continue;
         ++waiting;
@@ -277,59 +277,63 @@ inline bool free_block() {
         if (!same_place(*first, f)) fail("divergent __syncthreads", f);
     }
     if (!waiting || waiting < live) return false;
-    if (live < m.threads) fail("__syncthreads after some threads returned", *first);
-    for (unsigned i = 0; i < m.threads; ++i) m.fibers[i]->state = State::ready;
+    if (live < m.thread.size()) fail("__syncthreads after some threads returned", *first);
+    for (Fiber* f : m.thread) f->state = State::ready;
     return true;
 }
 
 inline bool free_warps() {
     auto& m = machine;
     bool any = false;
-    for (unsigned i = 0; i < m.threads; ++i) {
-        const Fiber& f = *m.fibers[i];
+    for (unsigned i = 0; i < m.thread.size(); ++i) {
+        const Fiber& f = *m.thread[i];
         if (f.state != State::in_warp) continue;
         const unsigned first = i / kWarp * kWarp;
         const auto in_mask = [&](unsigned lane) { return f.mask >> lane & 1; };
         bool all = true;
         for (unsigned lane = 0; lane < kWarp && all; ++lane) {
             if (!in_mask(lane)) continue;
-            if (first + lane >= m.threads) fail(std::string(f.operation) + ": the mask has lanes beyond the block", f);
-            const Fiber& other = *m.fibers[first + lane];
+            if (first + lane >= m.thread.size()) fail(std::string(f.operation) + ": the mask has lanes beyond the block", f);
+            const Fiber& other = *m.thread[first + lane];
             all = other.state == State::in_warp && other.mask == f.mask;
             if (all && !same_place(f, other)) fail("divergent warp operations", other);
         }
         if (!all) continue;
         for (unsigned lane = 0; lane < kWarp; ++lane)
-            if (in_mask(lane)) m.fibers[first + lane]->state = State::ready;
+            if (in_mask(lane)) m.thread[first + lane]->state = State::ready;
         any = true;
     }
     return any;
 }
 
-inline void run_block(std::vector<unsigned>& order, std::mt19937* random) {
+inline void start_block(unsigned number) {
     auto& m = machine;
-    for (unsigned i = 0; i < m.threads; ++i) {
-        Fiber& f = *m.fibers[i];
+    const unsigned n = unsigned(m.thread.size());
+    for (unsigned i = 0; i < n; ++i) {
+        // Another fiber in the next block, so that a thread is not ordered with the same one of another block.
+        Fiber& f = *(m.thread[i] = m.fibers[(i + number) % n].get());
         f.linear = i;
-        f.thread = {i % m.block.x, i / m.block.x % m.block.y, i / (m.block.x * m.block.y)};
+        f.index = {i % m.block.x, i / m.block.x % m.block.y, i / (m.block.x * m.block.y)};
         f.state = State::ready, f.barriers = 0;
     }
-    m.groups.clear();
+    m.meetings = std::make_unique<Meetings>();
+}
+
+inline void run_block(std::vector<unsigned>& order, std::mt19937* random) {
+    auto& m = machine;
     for (;;) {
         if (random) std::shuffle(order.begin(), order.end(), *random);
         for (unsigned i : order) {
-            if (m.fibers[i]->state != State::ready) continue;
-            switch_to_fiber(*m.fibers[i]);
+            if (m.thread[i]->state != State::ready) continue;
+            switch_to_fiber(*m.thread[i]);
             if (m.error) std::rethrow_exception(m.error);
         }
         // Nobody can go on by himself.
         bool freed = free_warps();
         freed |= free_block();
         if (freed) continue;
-        for (unsigned i = 0; i < m.threads; ++i) {
-            const Fiber& f = *m.fibers[i];
-            if (f.state != State::done) fail(std::string(f.operation) + ": waits for threads that never come", f);
-        }
+        for (const Fiber* f : m.thread)
+            if (f->state != State::done) fail(std::string(f->operation) + ": waits for threads that never come", *f);
         return;
     }
 }
@@ -387,29 +391,33 @@ inline void fill_shared(Shared all, const Launch& l) {
         forbid(d + l.shared_bytes, kMaxShared - l.shared_bytes);
         p = dynamic + kMaxShared;
     }
-    if (p) std::memset(p, 0xff, std::size_t(all.begin + all.bytes - p));
+    std::memset(p, 0xff, std::size_t(all.begin + all.bytes - p));
+    forget(all.begin, all.bytes);
 }
 
 inline void launch(const Launch& l, const std::function<void()>& body) {
     check(l);
     auto& m = machine;
     Quiet quiet;
-    m.grid = l.grid, m.block = l.block, m.threads = l.block.x * l.block.y * l.block.z;
-    m.body = &body, m.error = nullptr;
-    make_fibers(m.threads);
-    std::vector<unsigned> order(m.threads);
+    const unsigned n = l.block.x * l.block.y * l.block.z;
+    m.grid = l.grid, m.block = l.block, m.body = &body, m.error = nullptr;
+    make_fibers(n);
+    m.thread.resize(n);
+    std::vector<unsigned> order(n);
     std::iota(order.begin(), order.end(), 0u);
     std::mt19937 random(l.seed);
-    const Shared shared = l.dynamic.empty() ? Shared{} : find_shared(l.dynamic[0]);
+    const Shared shared = find_shared(l.dynamic.at(0));
     for (auto* d : l.dynamic) allow(d, kMaxShared);
-    leave(&m.round_tag[(m.round + 1) & 1]);  // the caller's own data
+    leave(&m.begin);
     std::exception_ptr error;
+    unsigned number = 0;
     try {
         for (unsigned z = 0; z < l.grid.z; ++z)
             for (unsigned y = 0; y < l.grid.y; ++y)
                 for (unsigned x = 0; x < l.grid.x; ++x) {
-                    m.index = {x, y, z}, ++m.round;
+                    m.index = {x, y, z};
                     fill_shared(shared, l);
+                    start_block(number++);
                     run_block(order, l.seed ? &random : nullptr);
                 }
     } catch (...) {
@@ -417,7 +425,7 @@ inline void launch(const Launch& l, const std::function<void()>& body) {
         drop_fibers();  // some stand in the middle of the kernel
     }
     for (auto* d : l.dynamic) allow(d, kMaxShared);
-    join(&m.round_tag[0]), join(&m.round_tag[1]);
+    join(&m.end);
     if (error) std::rethrow_exception(error);
 }
 

@@ -14,6 +14,8 @@ void AnnotateIgnoreReadsBegin(const char*, int);
 void AnnotateIgnoreReadsEnd(const char*, int);
 void AnnotateIgnoreWritesBegin(const char*, int);
 void AnnotateIgnoreWritesEnd(const char*, int);
+void __tsan_java_init(unsigned long, unsigned long);
+void __tsan_java_alloc(unsigned long, unsigned long);
 }
 // The simulator's own state is not memory of the kernel: its accesses are no races.
 #define SIM_UNSEEN __attribute__((noinline, no_sanitize("thread")))
@@ -31,6 +33,12 @@ inline Context this_context() { return __tsan_get_current_fiber(); }
 inline void drop_context(Context c) { __tsan_destroy_fiber(c); }
 inline void leave(char* tag) { __tsan_release(tag); }
 inline void join(char* tag) { __tsan_acquire(tag); }
+// New memory at an old place: who used it before is forgotten. Only the interface for Java has this.
+inline void forget(void* p, std::size_t n) {
+    static const bool ready [[maybe_unused]] = (__tsan_java_init(8, 1ul << 46), true);
+    const auto from = reinterpret_cast<unsigned long>(p) & ~7ul;
+    __tsan_java_alloc(from, (reinterpret_cast<unsigned long>(p) + n - from + 7) & ~7ul);
+}
 struct Quiet {
     Quiet() {
         AnnotateIgnoreReadsBegin("", 0);
@@ -48,6 +56,7 @@ inline Context this_context() { return nullptr; }
 inline void drop_context(Context) {}
 inline void leave(char*) {}
 inline void join(char*) {}
+inline void forget(void*, std::size_t) {}
 struct Quiet {
     ~Quiet() {}  // or "unused variable"
 };

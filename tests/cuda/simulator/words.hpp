@@ -48,7 +48,7 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline double4 make_double4(double x, double y, double z, double w) { return {x, y, z, w}; }
 
 namespace sim {
-SIM_UNSEEN inline uint3 thread_index() { return machine.self->thread; }
+SIM_UNSEEN inline uint3 thread_index() { return machine.self->index; }
 SIM_UNSEEN inline uint3 block_index() { return machine.index; }
 SIM_UNSEEN inline dim3 block_size() { return machine.block; }
 SIM_UNSEEN inline dim3 grid_size() { return machine.grid; }
