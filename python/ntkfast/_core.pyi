@@ -9,6 +9,7 @@ _I = NDArray[np.int32]
 _Points = tuple[NDArray[Any], _D, _D]
 
 class Plan:
+    arguments: tuple[Any, ...]
     def __init__(
         self,
         prefix: _D,
