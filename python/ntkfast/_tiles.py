@@ -121,7 +121,7 @@ def run(job: Job) -> None:
     # Threads of either pool go on spinning for a while when their work is done, and slow down the other pool. So the
     # products of many tiles come first, then all their epilogues: in place that takes no memory.
     batch = max(1, int(_BATCH / (2.0 * side * side * job.x.shape[1]))) if direct else 1
-    with _Progress(job.progress, sum(tile.entries for tile in todo)) as bar:
+    with Progress(job.progress, sum(tile.entries for tile in todo)) as bar:
         for start in range(0, len(todo), batch):
             ready = [_prepare(job, tile) for tile in todo[start : start + batch]]
             for item in ready:
@@ -159,7 +159,7 @@ def _prepare(job: Job, tile: Tile) -> _Ready:
     return _Ready(tile, views, mirrors, stores, products)
 
 
-def _finish(job: Job, ready: _Ready, bar: _Progress) -> None:
+def _finish(job: Job, ready: _Ready, bar: Progress) -> None:
     tile = ready.tile
     rows, cols = ready.products.shape
     step = max(32, int(_CALL / (1e-9 * job.nanoseconds * cols)) // 32 * 32)
@@ -174,7 +174,7 @@ def _finish(job: Job, ready: _Ready, bar: _Progress) -> None:
             out[..., tile.cols, tile.rows] = np.swapaxes(scratch, -1, -2)
 
 
-class _Progress:
+class Progress:
     """A tqdm bar if it is installed, else a line on stderr every few seconds, else nothing."""
 
     def __init__(self, wanted: Any, total: int) -> None:
@@ -188,7 +188,7 @@ class _Progress:
         else:
             self.bar = tqdm(total=100.0, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         return self
 
     def add(self, entries: float) -> None:

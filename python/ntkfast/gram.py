@@ -15,11 +15,12 @@ from ntkfast._arrays import (
     Points,
     as_numpy,
     as_points,
-    check_device,
     check_matrix,
     check_memory,
     result_dtype,
 )
+from ntkfast._cuda.device import find_place
+from ntkfast._cuda.gram import Backend, Output, Slices
 from ntkfast._plan import Compiled, Mix, compile_network, mix_of
 from ntkfast._tiles import Job, Tile, product, run, side_of
 from ntkfast.network import Network
@@ -39,10 +40,13 @@ class _Problem:
     def __init__(self, net: Network, X: Any, Y: Any, dtype: Any, device: Any) -> None:
         if not isinstance(net, Network):
             raise TypeError(f"net must be a Network (fully_connected, resnet, ...), got {type(net).__name__}")
-        check_device(device)
-        x, self.wrap = as_numpy(X, "X")
+        place = find_place(device, ("X", X), ("Y", Y))
+        self.gpu = None if place is None else Backend(place, X)
+        there = self.gpu if place is not None and place.resident else None  # the arrays are on a GPU
+        read: Callable[[Any, str], tuple[Any, Callable[[Any], Any]]] = there.view if there else as_numpy
+        x, self.wrap = read(X, "X")
         check_matrix(x, "X")
-        y = None if Y is None else as_numpy(Y, "Y")[0]
+        y = None if Y is None else read(Y, "Y")[0]
         if y is not None:
             check_matrix(y, "Y")
             if x.shape[1] != y.shape[1]:
@@ -50,11 +54,22 @@ class _Problem:
         self.dtype = result_dtype(dtype, ("X", x), *([] if y is None else [("Y", y)]))
         self.net = net
         self.shape = (len(x), len(x) if y is None else len(y))
-        self.x = as_points(x, "X", self.dtype)
-        self.y = self.x if y is None else as_points(y, "Y", self.dtype)
+        points = there.points if there else as_points
+        self.x = points(x, "X", self.dtype)
+        self.y = self.x if y is None else points(y, "Y", self.dtype)
+        self.close = CLOSE[self.dtype]
         self.symmetric = y is None
         norms = [self.x.norm] if self.symmetric else [self.x.norm, self.y.norm]
         self.compiled = compile_network(net, norms, self.dtype)
+
+    def allocate(self, out: Any, shape: tuple[int, ...], names: Sequence[str]) -> list[Any]:
+        """The given outputs, checked, or new ones where the inputs are."""
+        shapes, inputs = [shape] * len(names), [self.x.rows, self.y.rows]
+        if self.gpu is not None and out is None and self.gpu.resident:
+            return self.gpu.empty(shapes, self.dtype)
+        if self.gpu is not None and out is not None:
+            out = self.gpu.views(out, inputs)
+        return _allocate(out, shapes, self.dtype, names, [x for x in inputs if isinstance(x, np.ndarray)])
 
     @property
     def nanoseconds(self) -> float:
@@ -168,8 +183,7 @@ def _epilogue(
     problem: _Problem, outputs: Callable[[Tile, slice, list[Array], list[Array | None]], tuple[list[Any], Any]]
 ) -> Callable[[Tile, slice, Array, list[Array], list[Array | None]], None]:
     """The one epilogue: inner products, row numbers and close pairs to results, by the compiled kernels."""
-    close = CLOSE[problem.dtype]
-    core = problem.compiled.core
+    close, core = problem.close, problem.compiled.core
 
     def epilogue(tile: Tile, part: slice, products: Array, views: list[Array], mirrors: list[Array | None]) -> None:
         rows = slice(tile.rows.start + part.start, tile.rows.start + part.stop)
@@ -259,7 +273,14 @@ def gram(
     right = left
     if not problem.symmetric:
         right = [_factors(problem, k, mix, problem.y, "Y", normalize) for k, mix in zip(kinds, mixes, strict=True)]
-    outs = _allocate(out, [problem.shape] * len(kinds), problem.dtype, kinds, [problem.x.rows, problem.y.rows])
+    outs = problem.allocate(out, problem.shape, kinds)
+    if problem.gpu is not None:
+        exact = problem.symmetric and normalize
+        problem.gpu.run(problem, outs, [
+            Output(mix.as_list(), f, g, h, k, diagonal if exact else None)
+            for mix, (f, h, diagonal), (g, k, _) in zip(mixes, left, right, strict=True)
+        ], None, progress)  # fmt: skip
+        return _results(problem, outs, out, get, kinds)
 
     def outputs(tile: Tile, rows: slice, views: list[Array], mirrors: list[Array | None]) -> tuple[list[Any], Any]:
         sides = zip(views, mirrors, mixes, left, right, strict=True)
@@ -273,7 +294,13 @@ def gram(
     if problem.symmetric and normalize:
         for array, (_, _, diagonal) in zip(outs, left, strict=True):
             _set_diagonal(array, diagonal)
-    results = outs if out is not None else [problem.wrap(a) for a in outs]
+    return _results(problem, outs, out, get, kinds)
+
+
+def _results(problem: _Problem, outs: list[Any], out: Any, get: Any, kinds: tuple[str, ...]) -> Any:
+    """Results of the kind that came in, or what was given as out=."""
+    given = list(out) if isinstance(out, (tuple, list)) else [out]
+    results = given if out is not None else [problem.wrap(a) for a in outs]
     return results[0] if isinstance(get, str) else namedtuple("Grams", kinds)(*results)
 
 
@@ -332,16 +359,20 @@ def layer_grams(
     right = left
     if not problem.symmetric:
         right = _factors(problem, "ntk", mix, problem.y, "Y", False)[0] * np.sqrt(readout.weight_variance)
-    outs = _allocate(out, [(count, *problem.shape)], problem.dtype, ["layer_grams"], [problem.x.rows, problem.y.rows])
+    outs = problem.allocate(out, (count, *problem.shape), ["layer_grams"])
+    index = count - 1 if readout.trained else -1
+    if problem.gpu is not None:
+        if count:
+            problem.gpu.run(problem, outs, [], Slices(left, right, index, 1.0, readout.bias_variance), progress)
+        return _results(problem, outs, out, "", ())
 
     def outputs(tile: Tile, rows: slice, views: list[Array], mirrors: list[Array | None]) -> tuple[list[Any], Any]:
-        index = count - 1 if readout.trained else -1
         return [], (views[0], mirrors[0], left[rows], right[tile.cols], index, 1.0, readout.bias_variance)
 
     if count:
         run(Job(problem.x.rows, problem.y.rows, tuple(outs), problem.symmetric, _epilogue(problem, outputs),
                 problem.nanoseconds, progress))  # fmt: skip
-    return outs[0] if out is not None else problem.wrap(outs[0])
+    return _results(problem, outs, out, "", ())
 
 
 def diagonal(net: Network, X: Any, *, get: str = "ntk", dtype: Any = None) -> Any:

@@ -14,7 +14,7 @@ _P, _I, _D = np.uint64, np.int64, np.float64
 
 
 def _struct(**fields: Any) -> np.dtype[Any]:
-    return np.dtype(list(fields.items()), align=True)  # type: ignore[no-any-return,call-overload]
+    return np.dtype(list(fields.items()), align=True)
 
 
 def prefix_layer(dtype: Any) -> np.dtype[Any]:
