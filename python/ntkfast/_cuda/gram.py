@@ -141,7 +141,7 @@ class Backend:
         """Fill the results."""
         n, m = problem.shape
         resident = index_of(outs[0]) is not None
-        side = RESIDENT if resident else _streamed_side(problem, outs)
+        side = min(RESIDENT, max(n, m)) if resident else _streamed_side(problem, outs)
         todo = list(tiles(n, m, problem.symmetric, side))
         with Progress(progress, sum(tile.entries for tile in todo)) as bar:
             if resident:
@@ -194,7 +194,7 @@ def _streamed_side(problem: Any, outs: Sequence[Any]) -> int:
     slices = outs[0].shape[0] if len(outs[0].shape) == 3 else len(outs)
     while side > 32 and 4 * side * side * slices * problem.dtype.itemsize > _BUFFER:
         side //= 2
-    return int(min(side, -(-max(problem.shape) // 32) * 32))
+    return int(min(side, max(problem.shape)))
 
 
 class Worker:
