@@ -215,8 +215,9 @@ def gram(
         From :func:`fully_connected`, :func:`resnet`, :func:`bottleneck_resnet`, :func:`fixed_readout_resnet` or
         :class:`Network`.
     X : array, shape (n, d)
-        Points: NumPy or anything with DLPack or the buffer protocol, in host memory. float32 gives float32, float64
-        float64; integers and booleans become float64. Zero rows are legal.
+        Points: NumPy or anything with DLPack or the buffer protocol. float32 gives float32, float64
+        float64; integers and booleans become float64. Zero rows are legal. Arrays on a GPU (CuPy, torch, JAX) are
+        taken without a copy; everything then runs on that GPU, on the current stream of the library they come from.
     Y : array, shape (m, d), optional
         Other points. ``None`` means X: half the work, an exactly symmetric result, an exact diagonal.
     get : str or tuple of str
@@ -224,25 +225,32 @@ def gram(
         the last inner matrix (K_def of Du et al.). A tuple gives a named tuple of matrices.
     normalize : bool
         K_ij / sqrt(K_ii K_jj) (0 where the diagonal is 0), from a scaled recursion that does not overflow with depth.
-    device : None or "cpu"
+    device : None, "cpu", "cuda", "cuda:1" or a list of CUDA devices, optional
+        ``None`` follows the arrays. A GPU takes arrays in host memory tile by tile, whatever their number, and gives
+        host arrays back; several GPUs share the tiles. Needs the extra ``cuda13`` or ``cuda12``. Inner products of
+        float32 rows are true float32, never TF32.
     dtype : float32 or float64, optional
         Of arithmetic and result.
     out : array (or tuple of arrays), optional
-        Where the result goes; anything with slice assignment, e.g. ``numpy.memmap``. Filled tile by tile.
+        Where the result goes; anything with slice assignment, e.g. ``numpy.memmap``, also if X is on a GPU; or arrays
+        on the GPU of X with contiguous rows. Filled tile by tile.
     progress : bool
         Show a progress bar (tqdm if installed).
 
     Returns
     -------
     array, shape (n, m), or named tuple of such
-        Of the kind and dtype of X.
+        Of the kind and dtype of X, where X is.
 
     Raises
     ------
+    RuntimeError
+        ``device`` is a GPU and CuPy, the driver or the GPU is missing; the sentence says which.
     TypeError
         dtype that is not real (float16 and complex included), X and Y of different dtypes.
     ValueError
-        Wrong shape, entries not finite (names the first bad row), unknown ``get``; a Hermite expansion that does not
+        Wrong shape, entries not finite (names the first bad row), unknown ``get`` or ``device``, arrays on different
+        devices or not on ``device``; a Hermite expansion that does not
         reach its tolerance.
     OverflowError
         The result does not fit in its dtype; ``normalize=True`` may.
@@ -411,6 +419,7 @@ def plan(net: Network, X: Any) -> str:
     problem = _Problem(net, X, None, None, None)
     n, d = problem.x.rows.shape
     compiled = problem.compiled
+    size = n * n * problem.dtype.itemsize
     out = np.empty((0, 0), dtype=problem.dtype)
     side = min(n, side_of(Job(problem.x.rows, problem.x.rows, (out,), True, lambda *_: None, 1.0)))
     if compiled.prefix_only:
@@ -422,8 +431,10 @@ def plan(net: Network, X: Any) -> str:
                "activations that are not positively homogeneous)")  # fmt: skip
     if compiled.table_bytes:
         why += f"; Hermite tables of {compiled.table_bytes / 1e6:.1f} MB"
+    if problem.gpu is not None:
+        return (f"{why}\n{n} points of {d} features, {problem.dtype}, on {problem.gpu.name}; products by cuBLAS\n"
+                f"result {size / 1e6:,.0f} MB")  # fmt: skip
     tiles = -(-n // side)
-    size = n * n * problem.dtype.itemsize
     return (f"{why}\n{n} points of {d} features, {problem.dtype}, {_core.isa()} with {_core.threads()} threads; "
             f"products by BLAS in {tiles * (tiles + 1) // 2} tiles of {side} rows, in place\n"
             f"result {size / 1e6:,.0f} MB; about {_estimate(problem, n):.2g} s")  # fmt: skip
