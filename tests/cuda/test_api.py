@@ -1,8 +1,10 @@
-"""The public API with device= and with device arrays, through a stand-in for CuPy whose kernels run on the simulator."""
+"""The public API with device= and with device arrays, through a stand-in for CuPy with kernels on the simulator."""
 
 from __future__ import annotations
 
+import sys
 import threading
+import types
 
 import fake_cupy
 import numpy as np
@@ -153,6 +155,26 @@ def test_arrays_of_other_libraries(gpu, small_tiles):
         assert isinstance(nf.diagonal(NET, x), fake_cupy.Foreign)
 
 
+def test_torch_tensors_work_on_the_stream_of_torch(gpu, small_tiles, monkeypatch):
+    class Tensor(fake_cupy.Foreign):
+        __module__ = "torch"
+
+    with gpu.cuda.Device(1):
+        stream, x = gpu.cuda.Stream(non_blocking=True), Tensor(gpu.array(X))
+    asked = []
+    current = types.SimpleNamespace(cuda_stream=stream.ptr)
+    torch = types.SimpleNamespace(
+        cuda=types.SimpleNamespace(current_stream=lambda index: asked.append(index) or current), from_dlpack=Tensor
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    found = nf.gram(NET, x)
+    assert isinstance(found, Tensor)
+    assert set(asked) == {1}
+    assert set(x.asked_for) == {stream.ptr}
+    stream.synchronize()
+    check(found.array._host, NET, X)
+
+
 @pytest.mark.parametrize("make", [
     lambda gpu: gpu.array(np.repeat(X, 2, axis=1))[:, ::2],
     lambda gpu: gpu.array(np.ascontiguousarray(X.T)).T,
@@ -248,7 +270,7 @@ def test_unknown_devices(gpu, device):
 
 
 def test_no_cupy(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(CudaUnavailable, match="device='cuda:1': computing on a GPU needs CuPy"):
         nf.gram(NET, X, device="cuda:1")
     assert nf.gram(NET, X, device="cpu").shape == (41, 41)

@@ -1,7 +1,7 @@
 """Every kernel of csrc/cuda, run on the CPU by the simulator, against the CPU's own kernels.
 
-The tests run in the simulator's plain mode; `test_sanitizers` runs them again under the address, undefined-behaviour and
-thread sanitizers.
+The tests run in the simulator's plain mode; `test_sanitizers` runs them again under the sanitizers of addresses and
+undefined behaviour, and of threads.
 """
 
 from __future__ import annotations
