@@ -1,6 +1,7 @@
 """A stand-in for CuPy on machines without a GPU: device memory is host memory, kernels run on the simulator.
 
     cupy = fake_cupy.install(monkeypatch, devices=2, memory=1 << 20)
+    cupy.launched, cupy.most_used   (names of kernels, bytes of each device)
 
 It has what ntkfast._cuda uses (the list is in ntkfast/_cuda/device.py) and nothing more, and it is as unkind as CUDA
 may be:
@@ -172,6 +173,8 @@ class Kernel:
         given = [self._argument(a) for a in args]
         most, seed = self.max_dynamic_shared_size_bytes, self._owner.next_seed()
 
+        self._owner.launched.append(self.name)
+
         def work():
             self._library.launch(self.name, grid, block, given, shared_mem, seed, most)
             held.clear()
@@ -212,7 +215,7 @@ class FakeCupy(types.ModuleType):
         self.numbers, self.streams, self.graveyard = itertools.count(1 << 20), {}, []
         self.used, self.most_used = [0] * devices, [0] * devices
         self.math_modes = dict.fromkeys((1000 + k for k in range(devices)), 0)
-        self.launches = 0
+        self.launched = []
         self._local, self.lock = threading.local(), threading.RLock()
         self._null = Stream(self, ptr=0)
         self.cuda = self._make_cuda(devices)
@@ -235,8 +238,7 @@ class FakeCupy(types.ModuleType):
         return 1000 + self.device
 
     def next_seed(self):
-        self.launches += 1
-        return self.seed and self.seed + self.launches
+        return self.seed and self.seed + len(self.launched)
 
     def _make_cuda(self, devices):
         owner = self

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,12 @@ def build(source: str | Path, mode: str | None = None, csrc: Path = CSRC) -> Lib
     """Compile a .cu file (a path, absolute or from the repository's root, or the text itself) unless done before."""
     path, names = compile_library(source, mode, csrc)
     return Library(path, names)
+
+
+def build_all(sources: Sequence[str | Path], mode: str) -> None:
+    """Compile several files, two at a time; later builds find them done."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda source: compile_library(source, mode), sources))
 
 
 def compile_library(source: str | Path, mode: str | None = None, csrc: Path = CSRC) -> tuple[Path, list[str]]:

@@ -146,15 +146,18 @@ inline void fiber_main() {
             if (!m.error) m.error = std::current_exception();
         }
         leave(&m.end);
-        Quiet quiet;
-        m.self->state = State::done;
+        {
+            Quiet quiet;
+            m.self->state = State::done;
+        }
         switch_to_home();
     }
 }
 
 inline void drop_fibers() {
     for (auto& f : machine.fibers) {
-        drop_context(f->tsan);
+        // One that stands in the middle of a kernel may be in a quiet region, where none may end.
+        if (f->state == State::done) drop_context(f->tsan);
         allow(f->map + kPage, kStackBytes);
         munmap(f->map, kPage + kStackBytes);
     }
