@@ -159,8 +159,8 @@ def test_torch_tensors_work_on_the_stream_of_torch(gpu, small_tiles, monkeypatch
     class Tensor(fake_cupy.Foreign):
         __module__ = "torch"
 
-    with gpu.cuda.Device(1):
-        stream, x = gpu.cuda.Stream(non_blocking=True), Tensor(gpu.array(X))
+    with gpu.cuda.Device(1), gpu.cuda.Stream(non_blocking=True) as stream:
+        x = Tensor(gpu.array(X))
     asked = []
     current = types.SimpleNamespace(cuda_stream=stream.ptr)
     torch = types.SimpleNamespace(

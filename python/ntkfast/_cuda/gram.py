@@ -236,16 +236,19 @@ class Worker:
         self.blocks = blocks = max(1, min(_BLOCKS, _BUFFER // (8 * (prefix + suffix)), squares))
         self.own = self.gpu.empty((blocks, prefix), self.dtype), self.gpu.empty((blocks, suffix), np.float64)
 
-    def into(self, tile: Tile, products: Any, outs: Sequence[Any]) -> None:
-        """Compute a tile into results on the device; products (side, side) is scratch."""
+    def into(self, tile: Tile, products: Any, outs: Sequence[Any], multiply: bool = True) -> None:
+        """Compute a tile into results on the device; products (side, side) is scratch, or holds them (benchmarks)."""
         views = [out[..., tile.rows, tile.cols] for out in outs]
         mirrors = [out[..., tile.cols, tile.rows] if tile.mirrored else None for out in outs]
-        self.launch(tile, products, views, mirrors)
+        self.launch(tile, products, views, mirrors, multiply)
 
-    def launch(self, tile: Tile, products: Any, views: Sequence[Any], mirrors: Sequence[Any]) -> None:
+    def launch(
+        self, tile: Tile, products: Any, views: Sequence[Any], mirrors: Sequence[Any], multiply: bool = True
+    ) -> None:
         """Products and epilogue of a tile, on the current stream."""
         rows, cols = tile.rows.stop - tile.rows.start, tile.cols.stop - tile.cols.start
-        self.gpu.product(self.x[0][tile.rows], self.y[0][tile.cols], products[:rows, :cols])
+        if multiply:
+            self.gpu.product(self.x[0][tile.rows], self.y[0][tile.cols], products[:rows, :cols])
         record = self.record.copy()
         record["products"], record["stride"] = products.data.ptr, row_stride(products)
         record["rows"], record["cols"], record["diagonal"] = rows, cols, tile.diagonal
