@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,3 +190,35 @@ def check_memory(needed: int, what: str) -> None:
             f"{what} needs {needed:,} bytes, {available:,} are available; pass out= with a numpy.memmap "
             "(numpy.lib.format.open_memmap), use dtype=numpy.float32, or fewer points"
         )
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    """True if the arrays share memory; interleaved views do not."""
+    return np.may_share_memory(a, b) and np.shares_memory(a, b)
+
+
+def allocate(
+    out: Any, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any], names: Sequence[str], inputs: Sequence[Array]
+) -> list[Any]:
+    """The given outputs, checked, or new ones if they fit in memory."""
+    if out is None:
+        needed = sum(int(np.prod(shape, dtype=object)) for shape in shapes) * dtype.itemsize
+        check_memory(needed, f"the result, {' and '.join(str(s) for s in shapes)} {dtype},")
+        return [np.empty(shape, dtype=dtype) for shape in shapes]
+    outs = list(out) if isinstance(out, (tuple, list)) else [out]
+    if len(outs) != len(shapes):
+        raise ValueError(f"out= must hold {len(shapes)} arrays, one for each of {', '.join(names)}; got {len(outs)}")
+    for name, array, shape in zip(names, outs, shapes, strict=True):
+        if tuple(getattr(array, "shape", ())) != shape:
+            raise ValueError(f"out= for {name} has shape {getattr(array, 'shape', None)}, the result has {shape}")
+        if np.dtype(array.dtype) != dtype:
+            raise TypeError(f"out= for {name} has dtype {array.dtype}, the result has {dtype}")
+        if isinstance(array, np.ndarray):
+            if not array.flags.writeable:
+                raise ValueError(f"out= for {name} is read-only")
+            if any(_overlap(array, x) for x in inputs):
+                raise ValueError(f"out= for {name} overlaps an input")
+    arrays = [a for a in outs if isinstance(a, np.ndarray)]
+    if any(_overlap(a, b) for k, a in enumerate(arrays) for b in arrays[:k]):
+        raise ValueError("the arrays of out= overlap each other")
+    return outs

@@ -11,14 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkfast import _core
-from ntkfast._arrays import (
-    Points,
-    as_numpy,
-    as_points,
-    check_matrix,
-    check_memory,
-    result_dtype,
-)
+from ntkfast._arrays import Points, allocate, as_numpy, as_points, check_matrix, result_dtype
 from ntkfast._cuda.device import find_place
 from ntkfast._cuda.gram import Backend, Output, Slices
 from ntkfast._plan import Compiled, Mix, compile_network, mix_of
@@ -69,7 +62,7 @@ class _Problem:
             return self.gpu.empty(shapes, self.dtype)
         if self.gpu is not None and out is not None:
             out = self.gpu.views(out, inputs)
-        return _allocate(out, shapes, self.dtype, names, [x for x in inputs if isinstance(x, np.ndarray)])
+        return allocate(out, shapes, self.dtype, names, [x for x in inputs if isinstance(x, np.ndarray)])
 
     @property
     def nanoseconds(self) -> float:
@@ -145,38 +138,6 @@ def _check_kinds(get: Any) -> tuple[str, ...]:
     if not kinds or len(set(kinds)) != len(kinds):
         raise ValueError(f"get={get!r}: use one of {', '.join(KINDS)}, or a tuple of different ones")
     return kinds
-
-
-def _overlap(a: Array, b: Array) -> bool:
-    """True if the arrays share memory; interleaved views do not."""
-    return np.may_share_memory(a, b) and np.shares_memory(a, b)
-
-
-def _allocate(
-    out: Any, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any], names: Sequence[str], inputs: Sequence[Array]
-) -> list[Any]:
-    """The given outputs, checked, or new ones if they fit in memory."""
-    if out is None:
-        needed = sum(int(np.prod(shape, dtype=object)) for shape in shapes) * dtype.itemsize
-        check_memory(needed, f"the result, {' and '.join(str(s) for s in shapes)} {dtype},")
-        return [np.empty(shape, dtype=dtype) for shape in shapes]
-    outs = list(out) if isinstance(out, (tuple, list)) else [out]
-    if len(outs) != len(shapes):
-        raise ValueError(f"out= must hold {len(shapes)} arrays, one for each of {', '.join(names)}; got {len(outs)}")
-    for name, array, shape in zip(names, outs, shapes, strict=True):
-        if tuple(getattr(array, "shape", ())) != shape:
-            raise ValueError(f"out= for {name} has shape {getattr(array, 'shape', None)}, the result has {shape}")
-        if np.dtype(array.dtype) != dtype:
-            raise TypeError(f"out= for {name} has dtype {array.dtype}, the result has {dtype}")
-        if isinstance(array, np.ndarray):
-            if not array.flags.writeable:
-                raise ValueError(f"out= for {name} is read-only")
-            if any(_overlap(array, x) for x in inputs):
-                raise ValueError(f"out= for {name} overlaps an input")
-    arrays = [a for a in outs if isinstance(a, np.ndarray)]
-    if any(_overlap(a, b) for k, a in enumerate(arrays) for b in arrays[:k]):
-        raise ValueError("the arrays of out= overlap each other")
-    return outs
 
 
 def _epilogue(
