@@ -129,10 +129,7 @@ __device__ __forceinline__ PairNumbers panel_pair(const GeneralLayer& l, const H
         __syncthreads();
     }
     if (t.odds == 0) even = sum.d, sum.d = 0.0;
-    if (thread < 2 * SIDE) {
-        const bool zero = m.lam[thread] == 0.0;
-        advance(l, m, thread, zero ? t.mean * t.mean : q, zero ? t.mean : t.evens > 0 ? first : 0.0, row);
-    }
+    if (thread < 2 * SIDE) advance(l, m, thread, q, t.evens > 0 ? first : 0.0, row);
     __syncthreads();
     return {sum.w, hermite_derivative(even, sum.d, c.x, c.s, m.inv[i], m.inv[j]), side, sum.q, -1.0};
 }
