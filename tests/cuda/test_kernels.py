@@ -38,7 +38,14 @@ GENERAL = {
     "biases": nf.Network([DENSE("relu", bias_variance=0.2)] * 3, nf.Readout(bias_variance=0.1)),
     "residual with biases": nf.Network([DENSE("relu"), *[RESIDUAL("relu", scale=0.5, bias_variance=0.1)] * 2]),
     "all biases": nf.Network([BOTTLENECK("leaky_relu", scale=0.5, bias_variance=0.1, outer_bias_variance=0.2)] * 2),
-    "mixed": nf.Network([DENSE("relu"), DENSE("abs"), DENSE("gelu"), RESIDUAL("sin", scale=0.5, trained=False)]),
+    "mixed": nf.Network(
+        [
+            DENSE("relu", gain=3.0, weight_variance=0.7),
+            DENSE("abs"),
+            DENSE("gelu"),
+            RESIDUAL("sin", scale=0.5, trained=False),
+        ]
+    ),
     "silu, residual": nf.resnet(3, nf.Activation("silu").with_tolerance(1e-9)),
     "softplus": nf.fully_connected(2, nf.Activation("softplus").with_tolerance(1e-9)),
     "tanh": nf.fully_connected(2, nf.Activation("tanh").with_tolerance(1e-8)),
@@ -196,8 +203,6 @@ def test_the_host_packs_the_structs_of_the_kernels():
 def test_sanitizers(mode):
     if simulate.missing(mode):
         pytest.skip(simulate.missing(mode))
-    done = simulate.python(
-        mode, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, timeout=1500
-    )
+    done = simulate.python(mode, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", __file__, timeout=1500)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert " passed" in done.stdout
