@@ -51,11 +51,10 @@ __device__ void all_add(const double*, double* out, int) {
         out[0] += 1;  // FAULT all_add
 }
 
-// Two blocks, one result: only a launch of more than one shows it.
+// The same thread of two blocks: only a launch of more than one shows it.
 template <bool cured>
-__device__ void blocks_collide(const double* x, double* out, int n) {
-    const int k = blockIdx.x * 32 + threadIdx.x;
-    if (cured ? threadIdx.x < 32 : k < n) out[k] = x[k] + blockIdx.x;  // FAULT blocks_collide
+__device__ void blocks_collide(const double* x, double* out, int) {
+    if (!cured || blockIdx.x == 1) out[threadIdx.x] = x[threadIdx.x] + blockIdx.x;  // FAULT blocks_collide
 }
 
 template <bool cured>

@@ -40,7 +40,7 @@ namespace sim {
 
 using Where = std::source_location;
 constexpr unsigned kWarp = 32;
-constexpr std::size_t kPage = 4096, kStackBytes = 1 << 17;
+constexpr std::size_t kPage = 4096, kStackBytes = 1 << 17, kFiberBytes = kPage + kStackBytes;
 // Dynamic shared memory: sm_90 allows 227 KiB per block. 48 KiB without cudaFuncAttributeMaxDynamicSharedMemorySize.
 constexpr std::size_t kMaxShared = 227 * 1024;
 
@@ -79,6 +79,7 @@ struct Machine {
     dim3 grid, block;
     uint3 index{};  // of the block
     std::vector<std::unique_ptr<Fiber>> fibers;
+    char* stacks = nullptr;  // of all fibers
     std::vector<Fiber*> thread;  // of the block, in order
     std::unique_ptr<Meetings> meetings;
     Fiber* self = nullptr;
@@ -90,7 +91,7 @@ struct Machine {
     pthread_t owner{};
     const std::function<void()>* body = nullptr;
     std::exception_ptr error;
-    char begin = 0, end = 0;  // of the launch
+    char end = 0;  // tag of the end of the launch
 };
 inline Machine machine;
 
@@ -132,13 +133,11 @@ SIM_UNSEEN inline void switch_to_home() {
     after_switch(f.fake, &m.home_stack);
 }
 
-// A fiber lives on from block to block and from launch to launch: the thread sanitizer's stack of calls would grow
-// with every one that ends.
+// A fiber lives on from block to block and from launch to launch.
 inline void fiber_main() {
     auto& m = machine;
     after_switch(nullptr, &m.home_stack);
     for (;;) {
-        join(&m.begin);  // nothing orders the blocks of a launch
         try {
             (*m.body)();
         } catch (...) {
@@ -155,30 +154,33 @@ inline void fiber_main() {
 }
 
 inline void drop_fibers() {
-    for (auto& f : machine.fibers) {
+    auto& m = machine;
+    for (auto& f : m.fibers)
         // One that stands in the middle of a kernel may be in a quiet region, where none may end.
         if (f->state == State::done) drop_context(f->tsan);
-        allow(f->map + kPage, kStackBytes);
-        munmap(f->map, kPage + kStackBytes);
-    }
-    machine.fibers.clear();
+    allow(m.stacks, m.fibers.size() * kFiberBytes);
+    if (!m.fibers.empty()) munmap(m.stacks, m.fibers.size() * kFiberBytes);
+    m.fibers.clear();
 }
 
 inline void make_fibers(unsigned n) {
     auto& m = machine;
-    if (!pthread_equal(m.owner, pthread_self())) drop_fibers();  // they may have kept addresses of its shared memory
-    m.owner = pthread_self();
     m.home_tsan = this_context();
-    while (m.fibers.size() < n) {
+    // Those of another thread may have kept addresses of its shared memory.
+    if (n <= m.fibers.size() && pthread_equal(m.owner, pthread_self())) return;
+    drop_fibers();
+    m.owner = pthread_self();
+    void* map = mmap(nullptr, n * kFiberBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map == MAP_FAILED) throw std::bad_alloc();
+    m.stacks = static_cast<char*>(map);
+    for (unsigned i = 0; i < n; ++i) {
         auto f = std::make_unique<Fiber>();
-        void* map = mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (map == MAP_FAILED || mprotect(map, kPage, PROT_NONE)) throw std::bad_alloc();
-        f->map = static_cast<char*>(map);
+        f->map = m.stacks + i * kFiberBytes;
+        if (mprotect(f->map, kPage, PROT_NONE)) throw std::bad_alloc();
         getcontext(&f->context);
         f->context.uc_stack.ss_sp = f->map + kPage;
         f->context.uc_stack.ss_size = kStackBytes;
         makecontext(&f->context, fiber_main, 0);
-        f->tsan = make_context();
         m.fibers.push_back(std::move(f));
     }
 }
@@ -309,16 +311,19 @@ inline bool free_warps() {
     return any;
 }
 
-inline void start_block(unsigned number) {
+inline void start_block() {
     auto& m = machine;
     const unsigned n = unsigned(m.thread.size());
     for (unsigned i = 0; i < n; ++i) {
-        // Another fiber in the next block, so that a thread is not ordered with the same one of another block.
-        Fiber& f = *(m.thread[i] = m.fibers[(i + number) % n].get());
+        Fiber& f = *(m.thread[i] = m.fibers[i].get());
+        // New threads to the sanitizer: they know what the caller has done, and nothing of other blocks.
+        drop_context(f.tsan);
+        f.tsan = make_context();
         f.linear = i;
         f.index = {i % m.block.x, i / m.block.x % m.block.y, i / (m.block.x * m.block.y)};
         f.state = State::ready, f.barriers = 0;
     }
+    forget(m.stacks, m.fibers.size() * kFiberBytes);
     m.meetings = std::make_unique<Meetings>();
 }
 
@@ -411,16 +416,14 @@ inline void launch(const Launch& l, const std::function<void()>& body) {
     std::mt19937 random(l.seed);
     const Shared shared = find_shared(l.dynamic.at(0));
     for (auto* d : l.dynamic) allow(d, kMaxShared);
-    leave(&m.begin);
     std::exception_ptr error;
-    unsigned number = 0;
     try {
         for (unsigned z = 0; z < l.grid.z; ++z)
             for (unsigned y = 0; y < l.grid.y; ++y)
                 for (unsigned x = 0; x < l.grid.x; ++x) {
                     m.index = {x, y, z};
                     fill_shared(shared, l);
-                    start_block(number++);
+                    start_block();
                     run_block(order, l.seed ? &random : nullptr);
                 }
     } catch (...) {

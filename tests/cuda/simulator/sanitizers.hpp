@@ -30,7 +30,9 @@ namespace sim {
 using Context = void*;
 inline Context make_context() { return __tsan_create_fiber(0); }
 inline Context this_context() { return __tsan_get_current_fiber(); }
-inline void drop_context(Context c) { __tsan_destroy_fiber(c); }
+inline void drop_context(Context c) {
+    if (c) __tsan_destroy_fiber(c);
+}
 inline void leave(char* tag) { __tsan_release(tag); }
 inline void join(char* tag) { __tsan_acquire(tag); }
 // New memory at an old place: who used it before is forgotten. Only the interface for Java has this.
@@ -67,7 +69,8 @@ struct Stack {
     const void* low = nullptr;
     std::size_t bytes = 0;
 };
-inline void before_switch([[maybe_unused]] void** fake, [[maybe_unused]] Stack to, [[maybe_unused]] Context context) {
+// Always inline: the sanitizer would count the call for one thread and its end for another.
+__attribute__((always_inline)) inline void before_switch([[maybe_unused]] void** fake, [[maybe_unused]] Stack to, [[maybe_unused]] Context context) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(fake, to.low, to.bytes);
 #endif
