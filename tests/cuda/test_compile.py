@@ -401,7 +401,7 @@ def test_no_cupy(monkeypatch):
     assert "ntkfast[cuda12]" in message
 
 
-def runtime(monkeypatch, driver=13000, built=13000, devices=1):
+def runtime(monkeypatch, driver=13000, built=13000, devices=1, **modules):
     class CUDARuntimeError(RuntimeError):
         pass
 
@@ -412,13 +412,13 @@ def runtime(monkeypatch, driver=13000, built=13000, devices=1):
 
     fake = types.SimpleNamespace(CUDARuntimeError=CUDARuntimeError, driverGetVersion=lambda: driver,
                                  runtimeGetVersion=lambda: built, getDeviceCount=count)  # fmt: skip
-    module = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=fake))
+    module = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=fake, **modules))
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module
 
 
 def test_cupy_without_a_usable_gpu(monkeypatch):
-    module = runtime(monkeypatch)
+    module = runtime(monkeypatch, cublas=None)
     assert cuda.load_cupy() is module
     runtime(monkeypatch, driver=0)
     assert "no NVIDIA driver is loaded" in unavailable()
@@ -430,6 +430,18 @@ def test_cupy_without_a_usable_gpu(monkeypatch):
     assert "CUDA_VISIBLE_DEVICES" in unavailable()
     runtime(monkeypatch, devices=None)
     assert "cudaErrorNoDevice" in unavailable()
+
+
+def test_cupy_without_cublas(monkeypatch):
+    class Lazy(types.SimpleNamespace):
+        def __getattr__(self, name):
+            raise ImportError("Failure finding libcublasLt.so.13")
+
+    module = runtime(monkeypatch)
+    module.cuda = Lazy(runtime=module.cuda.runtime)
+    message = unavailable()
+    assert "does not find cuBLAS" in message
+    assert "ntkfast[cuda13]" in message
 
 
 def test_a_module_is_loaded_once_per_device(monkeypatch):

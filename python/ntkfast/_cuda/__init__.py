@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Oldest CuPy major version that the extras install.
+#: CUDA 13 needs a driver of branch 580 or newer.
 _EXTRAS = 'pip install "ntkfast[cuda13]" (or "ntkfast[cuda12]" for drivers older than 580)'
 
 
@@ -40,4 +40,8 @@ def load_cupy() -> Any:
         raise CudaUnavailable(f"the NVIDIA driver finds no GPU that it can use: {error}") from None
     if count == 0:
         raise CudaUnavailable("no GPU is visible: see nvidia-smi and the environment variable CUDA_VISIBLE_DEVICES")
+    try:
+        cupy.cuda.cublas  # noqa: B018  (loaded on first use; CuPy's own message has many lines)
+    except ImportError:
+        raise CudaUnavailable(f"CuPy does not find cuBLAS, which its wheels do not contain: {_EXTRAS}") from None
     return cupy
