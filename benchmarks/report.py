@@ -197,6 +197,7 @@ def main(argv: list[str]) -> int:
     choice.add_argument("--readme", action="store_true", help="the tables of the README")
     options = parser.parse_args(argv)
     found = sorted((Path(__file__).parent / "results").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    found = [path for path in found if not path.name.startswith("gpu-")]  # other columns
     if not options.file and not found:
         print("no results yet: run benchmarks/run.py first", file=sys.stderr)
         return 2

@@ -86,7 +86,9 @@ class PlanHolder {
             suffix_.push_back({c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11], k[0], k[1], k[2], k[3]});
         }
         plan_ = {prefix_.data(), int(prefix_.size()), nu, beta, suffix_.data(), int(suffix_.size()), tables_.data()};
+        arguments = py::make_tuple(prefix, prefix_ints, nu, beta, suffix, suffix_ints, tables);
     }
+    py::tuple arguments;  // for kernels elsewhere
     const ntk::Plan& plan() const { return plan_; }
     const ntk::GeneralLayer& layer(int h) const { return suffix_.at(h); }
     const ntk::HermiteTable* tables() const { return tables_.data(); }
@@ -394,7 +396,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     py::class_<PlanHolder>(m, "Plan")
         .def(py::init<const Doubles&, const Ints&, double, double, const Doubles&, const Ints&, const py::list&>(),
              py::arg("prefix"), py::arg("prefix_ints"), py::arg("nu"), py::arg("beta"), py::arg("suffix"),
-             py::arg("suffix_ints"), py::arg("tables"));
+             py::arg("suffix_ints"), py::arg("tables"))
+        .def_readonly("arguments", &PlanHolder::arguments);
     py::class_<TableHolder>(m, "Table")
         .def(py::init<const PlanHolder&, const std::array<double, 4>&, double, bool>(), py::arg("plan"), py::arg("mix"),
              py::arg("norm"), py::arg("single"))

@@ -157,17 +157,16 @@ struct Panel {
 // Fits of one degree on unions of bins. Errors are remembered.
 class Fits {
    public:
-    Fits(const std::array<Surrogate, 2>& f, std::vector<double> edges, int terms)
-        : f_(f), edges_(std::move(edges)), terms_(terms), cosines_(cosines(terms)),
+    Fits(const std::array<Surrogate, 2>& f, std::vector<double> edges, int terms, double epsilon)
+        : f_(f), edges_(std::move(edges)), terms_(terms), epsilon_(epsilon), values_(terms), cosines_(cosines(terms)),
           errors_(2 * edges_.size() * edges_.size(), -1.0), floor_(kFloor * std::max(f[0].largest(), f[1].largest())) {}
 
     int bins() const { return int(edges_.size()) - 1; }
     double edge(int k) const { return edges_[k]; }
 
-    Series fit(const Panel& p) const {
-        Series values(terms_);
-        for (int k = 0; k < terms_; ++k) values[k] = f_[p.side](at(p, chebyshev_point(k, terms_)));
-        return series_of(values.data(), terms_, cosines_);
+    Series fit(const Panel& p) {
+        for (int k = 0; k < terms_; ++k) values_[k] = f_[p.side](at(p, chebyshev_point(k, terms_)));
+        return series_of(values_.data(), terms_, cosines_);
     }
     // Panels of the least number such that every one is as good as `tolerance`; more than `most` are not counted.
     std::vector<Panel> panels(double tolerance, int most) {
@@ -190,24 +189,30 @@ class Fits {
     Long at(const Panel& p, Long t) const {
         return (edges_[p.first] + edges_[p.last]) * Long(0.5) + (edges_[p.last] - edges_[p.first]) * t / 2;
     }
-    // Largest error of the fit between its points. A single bin counts as well: it cannot be made smaller.
+    // Largest error of the fit between its points, and what rounding in the arithmetic of the table adds: it is relative
+    // to the largest |f| of the panel, not to |f|. A single bin counts as well: it cannot be made smaller.
     double error(const Panel& p) {
         double& known = errors_[(p.side * edges_.size() + p.first) * edges_.size() + p.last];
         if (known >= 0.0) return known;
         const Series s = fit(p);
         const int points = 2 * terms_ + 1;
         known = 0.0;
+        double rounding = 0.0;
+        for (int k = 0; k < terms_; ++k) rounding = std::max(rounding, double(std::fabs(values_[k])));
+        rounding *= epsilon_;
         for (int k = 0; k < points; ++k) {
             const Long t = -std::cos(kPi * k / (points - 1));
             const Long f = f_[p.side](at(p, t));
             const double gap = double(std::fabs(evaluate(s.data(), terms_, t) - f));
-            known = std::max(known, gap / std::max({double(std::fabs(f)), floor_, std::numeric_limits<double>::min()}));
+            known = std::max(known, (gap + rounding) / std::max({double(std::fabs(f)), floor_, std::numeric_limits<double>::min()}));
         }
         return known;
     }
     const std::array<Surrogate, 2>& f_;
     std::vector<double> edges_;
     int terms_;
+    double epsilon_;
+    Series values_;  // of the last fit
     std::vector<Long> cosines_;
     std::vector<double> errors_;
     double floor_;
@@ -234,7 +239,7 @@ Series powers(const Series& s, Long half, Long moved) {
 }
 
 template <class T>
-void fill(Table<T>& table, const Bins& bins, int terms, const Fits& fits, const std::vector<Panel>& panels) {
+void fill(Table<T>& table, const Bins& bins, int terms, Fits& fits, const std::vector<Panel>& panels) {
     std::memset(static_cast<void*>(&table), 0, sizeof table);
     table.delta = T(std::ldexp(1.0, -bins.octaves));
     table.shift = kMantissa<T> - bins.parts;
@@ -307,7 +312,7 @@ TableReport compile_table(const Plan& plan, const TableTask& task, Table<T>& tab
     if (!f[0].finite() || !f[1].finite() || !(largest <= double(std::numeric_limits<T>::max()))) return best;
     for (const Bins& bins : kBins)
         for (int terms : {Shape::few, Shape::terms}) {
-            Fits fits(f, edges_of<T>(bins), terms);
+            Fits fits(f, edges_of<T>(bins), terms, double(std::numeric_limits<T>::epsilon()));
             const std::vector<Panel> panels = best_panels(fits, Shape::panels, 0.02 * kWanted<T>, kEnough<T>);
             if (panels.empty()) continue;
             Table<T> made;

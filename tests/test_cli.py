@@ -386,6 +386,17 @@ def check_depths(rows):
     assert rows[2][2] == "table"
 
 
+def test_the_limits_of_the_demo_are_those_of_great_depth():
+    from ntkfast._demo_depth import CURVES
+
+    angle = np.array([0, 0.5, 1.5, 2.5])
+    x = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    off = ~np.eye(len(x), dtype=bool)
+    for curve, bound in zip(CURVES, (3e-3, 3e-5), strict=True):
+        K = ntkfast.gram(curve.build(10_000), x, normalize=True)
+        np.testing.assert_allclose(K[off], curve.limit(x)[off], rtol=0, atol=bound)
+
+
 @pytest.mark.parametrize("missing", ["sklearn", "matplotlib"])
 def test_demo_names_the_extra_that_is_missing(folder, capsys, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)

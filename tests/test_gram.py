@@ -169,6 +169,7 @@ def test_features(d):
 @pytest.mark.parametrize("name", PATHS)
 def test_tiles(name, side, monkeypatch):
     monkeypatch.setattr(_tiles, "SIDE", side)
+    monkeypatch.setattr(_tiles, "FUSED_SIDE", side)
     net = PATHS[name]
     small = name == "hermite"
     X, Y = points(70 if small else 200, 4, 1), points(40 if small else 131, 4, 2)
@@ -394,6 +395,7 @@ def test_out(name, dtype, tmp_path, monkeypatch):
     net, X, Y = PATHS[name], points(70, 4, 21).astype(dtype), points(41, 4, 22).astype(dtype)
     for side in (2048, 33):
         monkeypatch.setattr(_tiles, "SIDE", side)
+        monkeypatch.setattr(_tiles, "FUSED_SIDE", side)
         for other, normalize in ((None, False), (None, True), (Y, False)):
             wanted = nf.gram(net, X, other, normalize=normalize)
             for out, frame in outputs(wanted.shape, dtype, tmp_path):
@@ -445,6 +447,7 @@ def test_progress_bar(capsys, monkeypatch):
     net, X = nf.resnet(3), points(131, 4, 26)
     for side, n in ((2048, 131), (33, 131), (17, 113), (7, 50)):
         monkeypatch.setattr(_tiles, "SIDE", side)
+        monkeypatch.setattr(_tiles, "FUSED_SIDE", side)
         wanted = nf.gram(net, X[:n])
         assert capsys.readouterr() == ("", "")
         np.testing.assert_array_equal(nf.gram(net, X[:n], progress=True), wanted)
@@ -459,6 +462,7 @@ def test_progress_without_tqdm(capsys, monkeypatch):
     for name in ("tqdm", "tqdm.auto"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(_tiles, "SIDE", 33)
+    monkeypatch.setattr(_tiles, "FUSED_SIDE", 33)
     clock = iter(range(0, 10**6, 3))
     monkeypatch.setattr(_tiles.time, "monotonic", lambda: float(next(clock)))
     net, X = nf.resnet(3), points(131, 4, 26)

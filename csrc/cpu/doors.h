@@ -1,5 +1,6 @@
 // Small jobs beside the tiles: squared norms, the row recursion by itself, element-wise doors for the tests.
 #pragma once
+#include "../math/sums.h"
 #include "general.h"
 
 namespace ntk {
@@ -12,12 +13,7 @@ static void squares(const T* x, std::int64_t n, std::int64_t d, std::int64_t str
         double sum[16] = {}, low[16] = {};
         auto fold = [&](const double* v) {
 #pragma omp simd
-            for (int k = 0; k < 16; ++k) {
-                const double p = v[k] * v[k], e = fma_(v[k], v[k], -p);
-                const double s = sum[k] + p, b = s - sum[k];
-                low[k] += ((sum[k] - (s - b)) + (p - b)) + e;
-                sum[k] = s;
-            }
+            for (int k = 0; k < 16; ++k) add_square(sum[k], low[k], v[k]);
         };
         double v[16];
         std::int64_t k = 0;
@@ -28,11 +24,7 @@ static void squares(const T* x, std::int64_t n, std::int64_t d, std::int64_t str
         for (int m = 0; m < 16; ++m) v[m] = k + m < d ? double(row[k + m]) : 0.0;
         fold(v);
         double total = 0.0, rest = 0.0;
-        for (int m = 0; m < 16; ++m) {
-            const double s = total + sum[m], b = s - total;
-            rest += ((total - (s - b)) + (sum[m] - b)) + low[m];
-            total = s;
-        }
+        for (int m = 0; m < 16; ++m) add_twofold(total, rest, sum[m], low[m]);
         out[i] = total + rest;
     }
 }

@@ -3,6 +3,7 @@
 // Every layer makes three passes over one row of the block (128 pairs, in L1): correlations of the pre-activations,
 // expectations of the activation, new state. Row numbers are advanced with the layers, so nothing grows with depth.
 #pragma once
+#include "../math/pair.h"
 #include "block.h"
 
 namespace ntk {
@@ -47,20 +48,10 @@ static void hermite_rows(const HermiteTable& t, const GeneralLayer& l, RowArrays
             if (t.evens > 0) a.hermite[k] = t.mean;
             r.q = t.mean * t.mean;
         } else if (t.panels > 0) {
-            int panel = 0;
-            while (panel + 1 < t.panels && r.root > t.edges[panel + 1]) ++panel;
-            const double low = t.edges[panel], high = t.edges[panel + 1];
-            const double ratio = (2.0 * r.root - low - high) / (high - low);
-            const double y = ratio > 1.0 ? 1.0 : at_least(ratio, -1.0);  // rounding of the variance
-            const double* c = t.coefficients + std::int64_t(panel) * terms * t.order;
+            const HermitePlace place = hermite_place(t, r.root);
             r.q = 0.0;
-            for (int m = 0; m < terms; ++m, c += t.order) {
-                double b1 = 0.0, b2 = 0.0;
-                for (int o = t.order - 1; o > 0; --o) {
-                    double b = fma_(2.0 * y, b1, c[o] - b2);
-                    b2 = b1, b1 = b;
-                }
-                double value = fma_(y, b1, c[0] - b2);
+            for (int m = 0; m < terms; ++m) {
+                const double value = chebyshev(place.coefficients + std::int64_t(m) * t.order, t.order, place.y);
                 a.hermite[m * kCols + k] = value;
                 r.q = fma_(value, value, r.q);
             }
@@ -141,7 +132,7 @@ static void expect_uniform(const HermiteTable& t, int n, GeneralArrays& g) {
         }
     }
     for (int k = 0; k < n; ++k) {
-        const double side = t.odds == 0 ? 1.0 : g.ls[k];
+        const double side = hermite_side(t, g.ls[k]);
         const PairNumbers p = hermite_pair(g.lx[k], g.ls[k], side, g.e[0][k], g.e[1][k], g.e[2][k], g.e[3][k], t.even_sum, t.odd_sum);
         g.w[k] = p.w, g.d[k] = p.d, g.side[k] = p.side, g.q[k] = p.q, g.gap[k] = p.gap;
     }
@@ -167,12 +158,13 @@ static void hermite_terms(int i, int n, int terms, const double* ai, const doubl
 }
 template <bool ELEMENTWISE>
 static void expect_hermite(const HermiteTable& t, const RowArrays& ri, const RowArrays& rj, int i, int n, GeneralArrays& g) {
-    for (int k = 0; k < n; ++k) g.w[k] = g.q[k] = 0.0, g.gap[k] = -1.0, g.side[k] = t.odds == 0 ? 1.0 : g.ls[k];
+    for (int k = 0; k < n; ++k) g.w[k] = g.q[k] = 0.0, g.gap[k] = -1.0, g.side[k] = hermite_side(t, g.ls[k]);
     hermite_terms<true, ELEMENTWISE>(i, n, t.evens, ri.hermite, rj.hermite, g);
-    for (int k = 0; k < n; ++k) g.e[2][k] = g.d[k] * g.ls[k] * (1.0 - g.lx[k]);
+    for (int k = 0; k < n; ++k) g.e[2][k] = g.d[k];
     const std::int64_t skip = std::int64_t(t.evens) * kCols;
     hermite_terms<false, ELEMENTWISE>(i, n, t.odds, ri.hermite + skip, rj.hermite + skip, g);
-    for (int k = 0; k < n; ++k) g.d[k] = (g.d[k] + g.e[2][k]) * ri.inv[ELEMENTWISE ? k : i] * rj.inv[k];
+    for (int k = 0; k < n; ++k)
+        g.d[k] = hermite_derivative(g.e[2][k], g.d[k], g.lx[k], g.ls[k], ri.inv[ELEMENTWISE ? k : i], rj.inv[k]);
 }
 
 template <bool ELEMENTWISE>
@@ -241,7 +233,7 @@ static void general_block(const Plan& plan, RowArrays& ri, RowArrays& rj, int ro
     for (int i = 0; i < rows; ++i)
         for (int k = 0; k < n; ++k) {
             const int at = i * kCols + k;
-            cov[at] = g.s[at] * ri.norm[ELEMENTWISE ? k : i] * rj.norm[k] * (1.0 - g.x[at]);
+            cov[at] = covariance(g.x[at], g.s[at], ri.norm[ELEMENTWISE ? k : i], rj.norm[k]);
         }
 }
 

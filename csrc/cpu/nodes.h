@@ -1,6 +1,7 @@
 // Values of a network at single angles, for the compiler of tables: sums keep their rounding errors, so that the nodes are
 // better than the fit that is judged by them.
 #pragma once
+#include "../math/pair.h"
 #include "block.h"
 
 namespace ntk {
@@ -32,7 +33,8 @@ static bool prefix_nodes(const Plan& plan, const Pairs& p) {
     Buffer<NodeArrays> memory(1);
     if (!memory.data) return false;
     NodeArrays& a = *memory.data;
-    const double mean = p.mean * plan.beta * plan.beta / plan.nu;
+    const Mix mix{p.theta, p.cov, p.mean, p.last};
+    const double mean = plan.beta / sqrt_(plan.nu);
     for (std::int64_t start = 0; start < p.n; start += kChunk) {
         const int n = p.n - start < kChunk ? int(p.n - start) : kChunk;
         for (int k = 0; k < n; ++k) {
@@ -50,8 +52,9 @@ static bool prefix_nodes(const Plan& plan, const Pairs& p) {
                 for (int k = 0; k < n; ++k) a.s[k] = 1.0;
         }
         for (int k = 0; k < n; ++k) {
-            const double cosine = (1.0 - a.x[k]) - a.x_low[k];
-            p.out[start + k] = p.theta * (a.theta[k] + a.theta_low[k]) + p.cov * (a.s[k] * cosine) + mean + p.last * a.last[k];
+            // A sum of two doubles rounds to one: the results are doubles.
+            const double theta = a.theta[k] + a.theta_low[k], x = a.x[k] + a.x_low[k];
+            p.out[start + k] = mix_homogeneous(mix, theta, x, a.s[k], mean) + p.last * a.last[k];
         }
     }
     return true;

@@ -2,8 +2,7 @@
 //
 //   correlations (from products, or from differences for close pairs) -> layers, or a table -> results and their mirror image
 #pragma once
-#include <cmath>
-
+#include "../math/pair.h"
 #include "block.h"
 #include "differences.h"
 #include "general.h"
@@ -56,11 +55,10 @@ T correlations(const Tile& t, std::int64_t i0, std::int64_t j0, int rows, int co
         T lowest = T(1);
 #pragma omp simd reduction(min : lowest)
         for (int j = 0; j < cols; ++j) {
-            const P rho = row[j] * scale * inv[j];
-            const T gap = T(at_least(P(1) - magnitude(rho), P(0)));
-            x[j] = gap;
-            s[j] = T(sign_of(rho));
-            lowest = gap < lowest ? gap : lowest;
+            const Start<P> p = start_pair(row[j], scale, inv[j]);
+            x[j] = T(p.x);
+            s[j] = T(p.s);
+            lowest = x[j] < lowest ? x[j] : lowest;
         }
         for (int j = cols; j < kCols; ++j) x[j] = T(0), s[j] = T(1);
         if (own >= 0 && own < cols) {
@@ -81,10 +79,9 @@ void clear_state(Block<T>& b, int n) {
 
 // Row states before the suffix: norms, and zeros beyond n.
 void start_rows(const Plan& plan, const double* norm, std::int64_t start, int n, RowArrays& a) {
-    const double root = std::sqrt(plan.nu);
     for (int k = 0; k < kCols; ++k) {
-        const double r = k < n ? norm[start + k] : 0.0;
-        a.norm[k] = root * r, a.var[k] = plan.nu * r * r, a.mean[k] = plan.beta * r;
+        const RowStart r = start_row(plan.nu, plan.beta, k < n ? norm[start + k] : 0.0);
+        a.norm[k] = r.norm, a.var[k] = r.var, a.mean[k] = r.mean;
     }
 }
 
@@ -102,27 +99,21 @@ void start_general(const Block<T>& b, const RowArrays& ri, const RowArrays& rj, 
 }
 
 // theta Theta + cov S + mean b_i b_j + last G of one row of the block, as T.
-struct Mix {
-    double theta, cov, mean, last;
-};
 template <class T>
 void mix_row(const Plan& plan, const Mix& m, const Scratch<T>& s, int i, int cols, bool elementwise, double* value) {
     const int at = i * kCols;
     if (plan.n_suffix) {
-        // Only what is asked for: Theta may be infinite where the covariance is not. `value` may be s.cov itself.
-        for (int j = 0; j < cols; ++j) {
-            double v = m.mean * s.ri.mean[elementwise ? j : i] * s.rj.mean[j];
-            v += m.cov != 0.0 ? m.cov * s.cov[at + j] : 0.0;
-            v += m.theta != 0.0 ? m.theta * s.general.theta[at + j] : 0.0;
-            value[j] = v + (m.last != 0.0 ? m.last * s.last[at + j] : 0.0);
-        }
+        // `value` may be s.cov itself.
+        for (int j = 0; j < cols; ++j)
+            value[j] = mix_general(m, s.general.theta[at + j], s.cov[at + j], s.last[at + j],
+                                   s.ri.mean[elementwise ? j : i], s.rj.mean[j]);
         return;
     }
-    const double mean = m.mean * plan.beta * plan.beta / plan.nu;
+    const double mean = plan.beta / sqrt_(plan.nu);
     for (int j = 0; j < cols; ++j) {
         const double x = whole(load(s.block.x, s.block.x_low, at + j));
         const double theta = whole(load(s.block.theta, s.block.theta_low, at + j));
-        value[j] = m.theta * theta + m.cov * (double(s.block.s[at + j]) * (1.0 - x)) + mean;
+        value[j] = mix_homogeneous(m, theta, x, double(s.block.s[at + j]), mean);
     }
     if (m.last != 0.0)  // else it was not computed
         for (int j = 0; j < cols; ++j) value[j] += m.last * double(s.block.last[at + j]);
@@ -225,11 +216,11 @@ void write_slices(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t
         const double *own_w = own.suffix + 4 * h * own.stride, *own_b = own_w + own.stride, *own_v = own_b + own.stride;
         const double* factor = own_v + own.stride;
         if (l.slice_w >= 0) {
-            for (int k = 0; k < n; ++k) value[k] = (l.w * own_w[k] + l.wb * own_b[k]) * later[k];
+            for (int k = 0; k < n; ++k) value[k] = own_gram_w(l, own_w[k], own_b[k]) * later[k];
             write_slice<T>(t, l.slice_w, i0, j0, rows, cols, s, 0.0);
         }
         if (l.slice_v >= 0) {
-            for (int k = 0; k < n; ++k) value[k] = (l.v * own_v[k] + l.vvb * l.vb) * later[k];
+            for (int k = 0; k < n; ++k) value[k] = own_gram_v(l, own_v[k]) * later[k];
             write_slice<T>(t, l.slice_v, i0, j0, rows, cols, s, 0.0);
         }
         for (int k = 0; k < n; ++k) later[k] *= factor[k];

@@ -42,13 +42,13 @@ NTK_INLINE PairGeometry geometry(const RowNumbers& i, const RowNumbers& j, doubl
 // s(u) = u (u > 0), slope * u (u < 0): relu, leaky_relu, abs, identity.          any A; error of w and D: 8 ulp
 struct Homogeneous {
     double slope;
-    __attribute__((always_inline)) inline RowNumbers row(double lam) const {
+    NTK_MEMBER RowNumbers row(double lam) const {
         RowNumbers r = make_row(lam);
         r.q = 0.5 * fma_(slope, slope, 1.0) * lam;
         r.mu = (1.0 - slope) * kInvSqrt2Pi * r.root;
         return r;
     }
-    __attribute__((always_inline)) inline PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
+    NTK_MEMBER PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
                                                            double s) const {
         double h0 = 0.5 * fma_(slope, slope, 1.0), h1 = 0.5 * (1.0 - slope) * (1.0 - slope);
         PairGeometry g = geometry(i, j, x);
@@ -65,7 +65,7 @@ struct Homogeneous {
 //   sin((phi_i + phi_j)/2 - phi) = [8 (AB - C^2) + (P_i - P_j)^2 / 2] / [2 (1+2A)(1+2B) sin((phi_i + phi_j)/2 + phi)],
 // P = sqrt(1 + 4A), derived from cos 2phi - cos(phi_i + phi_j).
 struct Erf {
-    __attribute__((always_inline)) inline RowNumbers row(double lam) const {
+    NTK_MEMBER RowNumbers row(double lam) const {
         RowNumbers r = make_row(lam);
         double m = 1.0 + 2.0 * lam, p = sqrt_(1.0 + 4.0 * lam);
         r.a1 = 1.0 / m;
@@ -75,7 +75,7 @@ struct Erf {
         r.q = 2.0 * r.a2 * angle_fit<0>(z, z * z);
         return r;
     }
-    __attribute__((always_inline)) inline PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
+    NTK_MEMBER PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
                                                            double s) const {
         PairGeometry g = geometry(i, j, x);
         double m = i.a1 * j.a1;
@@ -100,14 +100,14 @@ struct Erf {
 
 // exp(-u^2), even.
 struct Gaussian {
-    __attribute__((always_inline)) inline RowNumbers row(double lam) const {
+    NTK_MEMBER RowNumbers row(double lam) const {
         RowNumbers r = make_row(lam);
         r.a1 = sqrt_(1.0 + 4.0 * lam);
         r.q = 1.0 / r.a1;
         r.mu = 1.0 / sqrt_(1.0 + 2.0 * lam);
         return r;
     }
-    __attribute__((always_inline)) inline PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
+    NTK_MEMBER PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
                                                            double s) const {
         PairGeometry g = geometry(i, j, x);
         double det = fma_(4.0, g.det, 1.0 + 2.0 * (i.lam + j.lam)), root = sqrt_(det);
@@ -120,14 +120,14 @@ struct Gaussian {
 
 // exp(u).
 struct Exp {
-    __attribute__((always_inline)) inline RowNumbers row(double lam) const {
+    NTK_MEMBER RowNumbers row(double lam) const {
         RowNumbers r = make_row(lam);
         r.a1 = exp_(lam);
         r.q = r.a1 * r.a1;
         r.mu = exp_(0.5 * lam);
         return r;
     }
-    __attribute__((always_inline)) inline PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
+    NTK_MEMBER PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
                                                            double s) const {
         PairGeometry g = geometry(i, j, x);
         double larger = i.a1 > j.a1 ? i.a1 : j.a1, m = expm1_(-g.gap);
@@ -139,13 +139,13 @@ struct Exp {
 
 // sin(u), odd.
 struct Sin {
-    __attribute__((always_inline)) inline RowNumbers row(double lam) const {
+    NTK_MEMBER RowNumbers row(double lam) const {
         RowNumbers r = make_row(lam);
         r.a1 = exp_(-lam);
         r.q = -0.5 * expm1_(-2.0 * lam);
         return r;
     }
-    __attribute__((always_inline)) inline PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
+    NTK_MEMBER PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
                                                            double s) const {
         PairGeometry g = geometry(i, j, x);
         double larger = i.a1 > j.a1 ? i.a1 : j.a1, m = expm1_(-g.gap);
@@ -158,14 +158,14 @@ struct Sin {
 
 // cos(u), even.
 struct Cos {
-    __attribute__((always_inline)) inline RowNumbers row(double lam) const {
+    NTK_MEMBER RowNumbers row(double lam) const {
         RowNumbers r = make_row(lam);
         r.a1 = exp_(-lam);
         r.q = 0.5 * fma_(r.a1, r.a1, 1.0);
         r.mu = exp_(-0.5 * lam);
         return r;
     }
-    __attribute__((always_inline)) inline PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
+    NTK_MEMBER PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
                                                            double s) const {
         PairGeometry g = geometry(i, j, x);
         double larger = i.a1 > j.a1 ? i.a1 : j.a1, m = expm1_(-g.gap);
@@ -179,7 +179,7 @@ struct Cos {
 // gelu: u Phi(u) = u/2 + h(u), h even; Q = C/4 + H with H = E h(u) h(v). The part of w from H is a difference (absolute
 // error 1e-16 of H): enough for smooth layers, whose expectations do not magnify it.
 struct Gelu {
-    __attribute__((always_inline)) inline RowNumbers row(double lam) const {
+    NTK_MEMBER RowNumbers row(double lam) const {
         RowNumbers r = make_row(lam);
         double a = 1.0 + lam, root = sqrt_(1.0 + 2.0 * lam);
         r.a1 = 1.0 / a;
@@ -190,7 +190,7 @@ struct Gelu {
         r.mu = lam * kInvSqrt2Pi * sqrt_(r.a1);
         return r;
     }
-    __attribute__((always_inline)) inline PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
+    NTK_MEMBER PairNumbers pair(const RowNumbers& i, const RowNumbers& j, double x,
                                                            double s) const {
         PairGeometry g = geometry(i, j, x);
         double m = i.a1 * j.a1, det = 1.0 + i.lam + j.lam + g.det, root = sqrt_(det);

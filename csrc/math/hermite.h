@@ -23,6 +23,33 @@ struct HermiteTable {
     double mean;                    // a_0; with panels: s(0), for rows of variance 0
 };
 
+// The panel of a row and its place on it, -1 <= y <= 1.
+struct HermitePlace {
+    const double* coefficients;  // (evens + odds, order) of the panel
+    double y;
+};
+NTK_INLINE HermitePlace hermite_place(const HermiteTable& t, double root) {
+    int panel = 0;
+    while (panel + 1 < t.panels && root > t.edges[panel + 1]) ++panel;
+    double low = t.edges[panel], high = t.edges[panel + 1];
+    double ratio = (2.0 * root - low - high) / (high - low);
+    // Rounding of the variance may leave the panel.
+    return {t.coefficients + static_cast<long long>(panel) * (t.evens + t.odds) * t.order,
+            ratio > 1.0 ? 1.0 : at_least(ratio, -1.0)};
+}
+// Sum of c[k] T_k(y), k < order, by Clenshaw's recurrence.
+NTK_INLINE double chebyshev(const double* c, int order, double y) {
+    double b1 = 0.0, b2 = 0.0;
+    for (int k = order - 1; k > 0; --k) {
+        double b = fma_(2.0 * y, b1, c[k] - b2);
+        b2 = b1, b1 = b;
+    }
+    return fma_(y, b1, c[0] - b2);
+}
+
+// Even activations put w on side 1, others on the side of rho.
+NTK_INLINE double hermite_side(const HermiteTable& t, double s) { return t.odds == 0 ? 1.0 : s; }
+
 // One variance: w = (Q_ii + Q_jj)/2 - side Q_ij and D from the four sums above; side = 1 for an even activation, else s.
 NTK_INLINE PairNumbers hermite_pair(double x, double s, double side, double even_defect, double even_derivative, double odd_defect,
                                     double odd_derivative, double even_sum, double odd_sum) {
@@ -54,6 +81,10 @@ NTK_INLINE void hermite_odd(HermiteSum& t, double ai, double aj, double k, doubl
     t.q = fma_(p * s, (1.0 - x) * (1.0 - t.e), t.q);
     t.d = fma_(k * p, 1.0 - t.e, t.d);
     t.e = fma_(t.e, r2, u);
+}
+// D from its two parts and 1 / sqrt(A), 1 / sqrt(B).
+NTK_INLINE double hermite_derivative(double even, double odd, double x, double s, double inv_i, double inv_j) {
+    return (odd + even * s * (1.0 - x)) * inv_i * inv_j;
 }
 
 }  // namespace ntk

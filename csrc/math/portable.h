@@ -6,11 +6,15 @@
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define NTK_INLINE __device__ static inline
+#define NTK_MEMBER __device__ inline
 #define NTK_CONSTANT __device__ static constexpr
+#define NTK_UNROLL _Pragma("unroll")
 #else
 // static: a function emitted by the AVX-512 object must never be picked by the linker for an old processor.
 #define NTK_INLINE __attribute__((always_inline)) static inline
+#define NTK_MEMBER __attribute__((always_inline)) inline
 #define NTK_CONSTANT static constexpr
+#define NTK_UNROLL _Pragma("GCC unroll 32")
 #endif
 
 namespace ntk {
@@ -75,9 +79,9 @@ template <class T, int N>
 NTK_INLINE T horner(const double (&c)[N], T x, T x2) {
     constexpr int last = N - 1;
     T even = T(c[last - last % 2]), odd = T(c[last - 1 + last % 2]);
-#pragma GCC unroll 32
+    NTK_UNROLL
     for (int k = last - last % 2 - 2; k >= 0; k -= 2) even = fma_(even, x2, T(c[k]));
-#pragma GCC unroll 32
+    NTK_UNROLL
     for (int k = last - 3 + last % 2; k >= 1; k -= 2) odd = fma_(odd, x2, T(c[k]));
     return fma_(odd, x, even);
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,6 @@ _HOST = 1
 
 class OutOfMemoryError(MemoryError):
     """The result cannot fit in memory; the message names the bytes needed and available."""
-
-
-def check_device(device: object) -> None:
-    """Only the CPU is there so far."""
-    if device is None or device == "cpu":
-        return
-    raise ValueError(f"device={device!r}: this version computes on the CPU only; use device=None or device='cpu'")
 
 
 def as_numpy(x: Any, name: str) -> tuple[Array, Callable[[Array], Any]]:
@@ -59,7 +52,7 @@ def as_numpy(x: Any, name: str) -> tuple[Array, Callable[[Array], Any]]:
     except (BufferError, RuntimeError, ValueError, TypeError) as error:
         raise TypeError(f"{name} ({type(x).__name__}) cannot be read as a dense array: {error}") from None
     if view is None:
-        raise ValueError(f"{name} is not in host memory (DLPack device {place}); this version computes on the CPU only")
+        raise ValueError(f"{name} is neither in host memory nor on a CUDA device (DLPack device {place})")
     module = sys.modules.get("torch") if kind == "torch" else None
     if module is None and hasattr(x, "__array_namespace__"):
         module = x.__array_namespace__()
@@ -105,6 +98,16 @@ class Points:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @classmethod
+    def of(cls, rows: Any, squares: NDArray[np.float64], exponent: NDArray[np.int64]) -> Points:
+        """From stored rows, their squared norms and the exponents."""
+        stored = np.sqrt(squares)
+        with np.errstate(divide="ignore"):
+            inverse = np.where(stored > 0, 1 / stored, 0.0)
+        with np.errstate(over="ignore"):
+            norm = np.ldexp(stored, exponent)
+        return cls(rows, inverse, norm)
+
     def tile(self, part: slice) -> tuple[Array, NDArray[np.float64], NDArray[np.float64]]:
         """What the compiled kernels need of some of the rows."""
         return self.rows[part], self.inverse[part], self.norm[part]
@@ -133,22 +136,28 @@ def as_points(x: Array, name: str, dtype: np.dtype[Any]) -> Points:
     largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
     if not np.isfinite(largest).all():
         bad = int(np.flatnonzero(~np.isfinite(largest))[0])
-        source = "" if np.isfinite(x[bad].astype(np.float64)).all() else "NaN or infinity"
-        raise ValueError(f"{name} must be finite: row {bad} holds {source or f'a value too large for {dtype}'}")
-    exponent = np.zeros(len(rows), dtype=np.int64)
-    limit = _SAFE[dtype]
-    used = largest[largest > 0].astype(np.float64)
-    if len(used) and (used.max() > 2.0**limit or used.min() < 2.0**-limit):
-        exponent = np.where(largest > 0, np.frexp(largest.astype(np.float64))[1], 0).astype(np.int64)
+        raise not_finite(name, bad, x[bad], dtype)
+    exponent = scale_exponents(largest, dtype)
+    if exponent.any():
         # In two steps: 2^-exponent itself may overflow.
         half = exponent // 2
         rows = np.ldexp(np.ldexp(rows, -half[:, None]), (half - exponent)[:, None])
-    stored = np.sqrt(_core.squares(rows))
-    with np.errstate(divide="ignore"):
-        inverse = np.where(stored > 0, 1 / stored, 0.0)
-    with np.errstate(over="ignore"):
-        norm = np.ldexp(stored, exponent)
-    return Points(rows, inverse, norm)
+    return Points.of(rows, _core.squares(rows), exponent)
+
+
+def not_finite(name: str, bad: int, row: Array, dtype: np.dtype[Any]) -> ValueError:
+    """The error for a row that is not finite, or not any more in `dtype`."""
+    source = "" if np.isfinite(row.astype(np.float64)).all() else "NaN or infinity"
+    return ValueError(f"{name} must be finite: row {bad} holds {source or f'a value too large for {dtype}'}")
+
+
+def scale_exponents(largest: Array, dtype: np.dtype[Any]) -> NDArray[np.int64]:
+    """Row k is to be stored times 2^-exponent[k]; largest (n,): of |entries|. All 0 if no row needs it."""
+    limit = _SAFE[dtype]
+    used = largest[largest > 0].astype(np.float64)
+    if len(used) and (used.max() > 2.0**limit or used.min() < 2.0**-limit):
+        return np.where(largest > 0, np.frexp(largest.astype(np.float64))[1], 0).astype(np.int64)
+    return np.zeros(len(largest), dtype=np.int64)
 
 
 def available_memory() -> int | None:
@@ -181,3 +190,35 @@ def check_memory(needed: int, what: str) -> None:
             f"{what} needs {needed:,} bytes, {available:,} are available; pass out= with a numpy.memmap "
             "(numpy.lib.format.open_memmap), use dtype=numpy.float32, or fewer points"
         )
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    """True if the arrays share memory; interleaved views do not."""
+    return np.may_share_memory(a, b) and np.shares_memory(a, b)
+
+
+def allocate(
+    out: Any, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any], names: Sequence[str], inputs: Sequence[Array]
+) -> list[Any]:
+    """The given outputs, checked, or new ones if they fit in memory."""
+    if out is None:
+        needed = sum(int(np.prod(shape, dtype=object)) for shape in shapes) * dtype.itemsize
+        check_memory(needed, f"the result, {' and '.join(str(s) for s in shapes)} {dtype},")
+        return [np.empty(shape, dtype=dtype) for shape in shapes]
+    outs = list(out) if isinstance(out, (tuple, list)) else [out]
+    if len(outs) != len(shapes):
+        raise ValueError(f"out= must hold {len(shapes)} arrays, one for each of {', '.join(names)}; got {len(outs)}")
+    for name, array, shape in zip(names, outs, shapes, strict=True):
+        if tuple(getattr(array, "shape", ())) != shape:
+            raise ValueError(f"out= for {name} has shape {getattr(array, 'shape', None)}, the result has {shape}")
+        if np.dtype(array.dtype) != dtype:
+            raise TypeError(f"out= for {name} has dtype {array.dtype}, the result has {dtype}")
+        if isinstance(array, np.ndarray):
+            if not array.flags.writeable:
+                raise ValueError(f"out= for {name} is read-only")
+            if any(_overlap(array, x) for x in inputs):
+                raise ValueError(f"out= for {name} overlaps an input")
+    arrays = [a for a in outs if isinstance(a, np.ndarray)]
+    if any(_overlap(a, b) for k, a in enumerate(arrays) for b in arrays[:k]):
+        raise ValueError("the arrays of out= overlap each other")
+    return outs

@@ -25,10 +25,12 @@ from numpy.typing import NDArray
 from ntkfast import _bench_text as text
 from ntkfast import _core, reference
 from ntkfast._bench_kernels import one_core, quartiles
+from ntkfast._gemm import fuses
 from ntkfast._machine import blas, processor
 from ntkfast._plan import mix_of
+from ntkfast._problem import Problem
 from ntkfast._tiles import Job, run
-from ntkfast.gram import _Problem, gram
+from ntkfast.gram import gram
 from ntkfast.network import Network, bottleneck_resnet, fixed_readout_resnet, fully_connected, resnet
 
 Array = NDArray[Any]
@@ -158,7 +160,7 @@ def by_recursion(net: Network, x: Array) -> Any:
 
 def path_of(net: Network, x: Array) -> str:
     """The path of gram(net, x)."""
-    return "recursion" if _Problem(net, x, None, None, None).path([mix_of(net, "ntk")]).tables is None else "table"
+    return "recursion" if Problem(net, x, None, None, None).path([mix_of(net, "ntk")]).tables is None else "table"
 
 
 def gram_call(case: Case, x: Array, out: Array) -> Callable[[], Array]:
@@ -178,8 +180,10 @@ def numpy_products(x: Array) -> dict[str, Callable[[], object]]:
 
 
 def tiled_product(x: Array) -> Callable[[], object]:
-    """The inner products alone, over the very tiles that gram uses."""
+    """The inner products alone, as gram makes them: its own, or NumPy's over the very tiles that gram uses."""
     out = np.empty((len(x), len(x)), dtype=x.dtype)
+    if fuses(x.dtype, out.shape, x.shape[1], False):
+        return lambda: _core.product(x, None, out)
     return lambda: run(Job(x, x, (out,), True, lambda *_: None, 1.0))
 
 

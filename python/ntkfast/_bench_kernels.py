@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ntkfast import _core, _plan, _table
 from ntkfast._plan import Mix, compile_network, mix_of
-from ntkfast.gram import _Problem
+from ntkfast._problem import Problem
 from ntkfast.network import Network, bottleneck_resnet, fully_connected, resnet
 
 Array = NDArray[Any]
@@ -87,7 +87,7 @@ def _tile_call(net: Network, dtype: str, unit: bool, table: Any = None) -> Calla
     if unit:
         x /= np.linalg.norm(x, axis=1, keepdims=True)
     x = x.astype(dtype)
-    problem = _Problem(net, x[:rows], x[rows:], None, None)
+    problem = Problem(net, x[:rows], x[rows:], None, None)
     products = x[:rows] @ x[rows:].T
     result = np.empty_like(products)
     ones, zeros = (np.ones(rows), np.ones(cols)), (np.zeros(rows), np.zeros(cols))

@@ -77,7 +77,7 @@ _NOTES = """\
 path       one table for all layers, or the recursion through them
 / X X^T    time over NumPy's faster one of X @ X.T and X @ X.copy().T (out= given, as for gram), same run, in turns
 GFLOP/s    2 n^2 d / time: the rate NumPy would need for its product to take as long as the whole kernel
-ns*        time beyond NumPy's products of gram's tiles, per pair i <= j and thread, and per layer of the recursion
+ns*        time beyond gram's own way to X X^T, per pair i <= j and thread, and per layer of the recursion
 max error  against ntkfast.reference on a sample of rows: |K - K_ref| / max(|K_ref|, 0.1 max |K_ref|)"""
 _DEPTH_NOTE = """\
 all depths and both products of NumPy in the same turns; first: the first call, which makes plan and table; max error:

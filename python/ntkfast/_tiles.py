@@ -29,7 +29,7 @@ SIDE, LEAST = 2048, 1024
 #: Floating-point operations of one product call: half a second on one slow core.
 _PRODUCT = 2e10
 #: Largest side of a fused tile, and the floating-point operations a second its length is estimated by (one slow core).
-_FUSED_SIDE, _FUSED_RATE = 4096, 2e10
+FUSED_SIDE, _FUSED_RATE = 4096, 2e10
 #: Operations of the products done before their epilogues: seconds, so that changing pools costs percents.
 _BATCH = 2e11
 #: Seconds one call into the compiled kernels should take at most.
@@ -63,7 +63,7 @@ def _parts(n: int, side: int, unit: int) -> list[slice]:
 
 
 def tiles(n: int, m: int, symmetric: bool, side: int, unit: int = 1) -> Iterator[Tile]:
-    """All tiles of an (n, m) result, beginning at multiples of `unit`; only those on and above the diagonal if symmetric."""
+    """All tiles of an (n, m) result, beginning at multiples of `unit`; if symmetric those on and above the diagonal."""
     rows = _parts(n, side, unit)
     cols = rows if symmetric else _parts(m, side, unit)
     for i, row in enumerate(rows):
@@ -77,9 +77,9 @@ class Job:
     """One run of the iterator.
 
     outputs are (n, m) or, for layer_grams, one (P, n, m); anything with slice assignment. `epilogue` is called as
-    epilogue(tile, part, products, views, mirrors): `part` rows of the tile (relative to it), their inner products, the
-    views of the outputs they belong to, and the transposed views or None. `fused(tile, views, mirrors)` does without the
-    products.
+    epilogue(tile, part, products, views, mirrors): `part` rows of the tile (relative to it), their inner products,
+    the views of the outputs they belong to, and the transposed views or None. `fused(tile, views, mirrors)` does without
+    the products.
     """
 
     x: Array  #: (n, d)
@@ -96,7 +96,7 @@ def side_of(job: Job) -> int:
     """Rows of a tile, so that neither its product nor its scratch is too large."""
     dim = max(1, job.x.shape[1])
     if job.fused:
-        side = _FUSED_SIDE
+        side = FUSED_SIDE
         while side > 256 and side * side * (2.0 * dim / _FUSED_RATE + 1e-9 * job.nanoseconds) > 2 * _CALL:
             side //= 2
     else:
@@ -135,7 +135,7 @@ def run(job: Job) -> None:
     # Threads of either pool go on spinning for a while when their work is done, and slow down the other pool. So the
     # products of many tiles come first, then all their epilogues: in place that takes no memory.
     batch = max(1, int(_BATCH / (2.0 * side * side * job.x.shape[1]))) if direct and not job.fused else 1
-    with _Progress(job.progress, sum(tile.entries for tile in todo)) as bar:
+    with Progress(job.progress, sum(tile.entries for tile in todo)) as bar:
         for start in range(0, len(todo), batch):
             ready = [_prepare(job, tile) for tile in todo[start : start + batch]]
             for item in ready:
@@ -174,7 +174,7 @@ def _prepare(job: Job, tile: Tile) -> _Ready:
     return _Ready(tile, views, mirrors, stores, products)
 
 
-def _finish(job: Job, ready: _Ready, bar: _Progress) -> None:
+def _finish(job: Job, ready: _Ready, bar: Progress) -> None:
     tile = ready.tile
     rows, cols = ready.products.shape
     step = max(32, int(_CALL / (1e-9 * job.nanoseconds * cols)) // 32 * 32)
@@ -192,7 +192,7 @@ def _finish(job: Job, ready: _Ready, bar: _Progress) -> None:
             out[..., tile.cols, tile.rows] = np.swapaxes(scratch, -1, -2)
 
 
-class _Progress:
+class Progress:
     """A tqdm bar if it is installed, else a line on stderr every few seconds, else nothing."""
 
     def __init__(self, wanted: Any, total: int) -> None:
@@ -206,7 +206,7 @@ class _Progress:
         else:
             self.bar = tqdm(total=100.0, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         return self
 
     def add(self, entries: float) -> None:

@@ -89,7 +89,7 @@ class Network:
 
     def plan(self, X: Any) -> str:
         """A short text: which path will compute ``gram(net, X)``, why, how many bytes, how long."""
-        from ntkfast.gram import plan
+        from ntkfast._explain import plan
 
         return plan(self, X)
 

@@ -1,0 +1,418 @@
+"""Gram matrices on GPUs: the tiles of ntkfast._tiles, their products by cuBLAS, their epilogues by csrc/cuda.
+
+Where the arrays are on a GPU, so is the result, and everything runs on their stream. Otherwise the tiles stream to the
+host through two pairs of buffers: while one tile is computed and copied, the one before is stored.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkfast._arrays import OutOfMemoryError, Points, not_finite, scale_exponents
+from ntkfast._cuda import layout
+from ntkfast._cuda.device import Gpu, Place, as_cupy, contiguous_rows, index_of, row_stride, stream_of
+from ntkfast._tiles import Progress, Tile, tiles
+
+Array = NDArray[Any]
+Vector = NDArray[np.float64]
+
+#: Rows of a tile: its products stay on the device; streamed tiles also lie in pinned memory, four times. Not measured.
+RESIDENT, STREAMED = 4096, 2048
+#: Largest size of the streamed buffers of one kind, in bytes, and of the scratch of layer_grams.
+_BUFFER = 256 << 20
+#: Blocks of layer_grams, each with scratch of its own: enough to fill any device.
+_BLOCKS = 2048
+
+
+@dataclass(frozen=True)
+class Output:
+    """One result: K_ij = (mix) f_i g_j + h_i k_j; `diagonal`: exact values of K_ii, or None."""
+
+    mix: list[float]
+    f: Vector  #: (n,)
+    g: Vector  #: (m,)
+    h: Vector  #: (n,)
+    k: Vector  #: (m,)
+    diagonal: Vector | None = None
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The result of layer_grams; see struct Slices of csrc/cuda/job.cuh."""
+
+    f: Vector
+    g: Vector
+    readout: int
+    readout_cov: float
+    readout_const: float
+
+
+class Backend:
+    """The GPUs of one call."""
+
+    def __init__(self, place: Place, x: Any) -> None:
+        self.resident = place.resident
+        self.gpus = [Gpu(k) for k in place.devices]
+        with self.gpus[0].device:
+            self._stream = stream_of(x, place.devices[0])
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"cuda:{gpu.index}" for gpu in self.gpus)
+
+    @contextmanager
+    def _here(self) -> Iterator[Gpu]:
+        """The device and the stream of the user's arrays."""
+        with self.gpus[0].device, self._stream:
+            yield self.gpus[0]
+
+    def view(self, x: Any, name: str) -> tuple[Any, Callable[[Any], Any]]:
+        """A CuPy view of a user's array on the device, and the way back (from CuPy or NumPy)."""
+        with self._here():
+            view, back = as_cupy(x, name)
+
+        def wrap(result: Any) -> Any:
+            with self._here() as gpu:
+                return back(gpu.upload(result) if isinstance(result, np.ndarray) else result)
+
+        return view, wrap
+
+    def points(self, x: Any, name: str, dtype: np.dtype[Any]) -> Points:
+        """as_points of ntkfast._arrays for a matrix on the device: checks, norms, a copy only if it is needed."""
+        with self._here() as gpu:
+            rows = x if x.dtype == dtype else x.astype(dtype)
+            if not contiguous_rows(rows):
+                rows = gpu.cupy.ascontiguousarray(rows)
+            squares, largest = _norms(gpu, rows)
+            if not np.isfinite(largest).all():
+                bad = int(np.flatnonzero(~np.isfinite(largest))[0])
+                raise not_finite(name, bad, x[bad].get(), dtype)
+            exponent = scale_exponents(largest, dtype)
+            if exponent.any():
+                scaled = gpu.empty(rows.shape, dtype)
+                _by_rows(gpu, "scale", rows, gpu.upload(exponent), scaled)
+                rows, squares = scaled, _norms(gpu, scaled)[0]
+            return Points.of(rows, squares, exponent)
+
+    def empty(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> list[Any]:
+        """Results on the device."""
+        with self._here() as gpu:
+            try:
+                return [gpu.empty(shape, dtype) for shape in shapes]
+            except MemoryError:
+                needed = sum(int(np.prod(shape, dtype=object)) for shape in shapes) * dtype.itemsize
+                raise OutOfMemoryError(
+                    f"the result, {' and '.join(map(str, shapes))} {dtype}, needs {needed:,} bytes on {self.name}, "
+                    f"{gpu.free_bytes():,} are available; pass out= with a host array or numpy.memmap"
+                ) from None
+
+    def views(self, out: Any, inputs: Sequence[Any]) -> list[Any]:
+        """The user's outputs, those on a device as CuPy views."""
+        result = []
+        for array in out if isinstance(out, (tuple, list)) else [out]:
+            index = index_of(array)
+            if index is None:
+                result.append(array)
+                continue
+            if not self.resident or index != self.gpus[0].index:
+                place = f"on {self.name}" if self.resident else "in host memory"
+                raise ValueError(f"out= is on cuda:{index}, the inputs are {place}")
+            view = self.view(array, "out")[0]
+            if view.ndim < 2 or not contiguous_rows(view):
+                raise ValueError("out= on a device needs contiguous rows")
+            if any(_overlap(view, x) for x in inputs):
+                raise ValueError("out= overlaps an input")
+            result.append(view)
+        if sum(index_of(array) is None for array in result) not in (0, len(result)):
+            raise ValueError("the arrays of out= must all be on the device or all in host memory")
+        return result
+
+    def run(
+        self, problem: Any, outs: Sequence[Any], outputs: Sequence[Output], slices: Slices | None, progress: Any
+    ) -> None:
+        """Fill the results."""
+        n, m = problem.shape
+        resident = index_of(outs[0]) is not None
+        side = min(RESIDENT, max(n, m)) if resident else _streamed_side(problem, outs)
+        todo = list(tiles(n, m, problem.symmetric, side))
+        with Progress(progress, sum(tile.entries for tile in todo)) as bar:
+            if resident:
+                with self._here() as gpu:
+                    worker = Worker(gpu, problem, outputs, slices)
+                    products = gpu.empty((side, side), problem.dtype)
+                    for tile in todo:
+                        worker.into(tile, products, outs)
+                        bar.add(tile.entries)
+                return
+            with self._here():
+                self._stream.synchronize()  # the rows may have been made on it
+            share = _Share(todo, outs, bar)
+            jobs = [lambda gpu=gpu: _stream_tiles(gpu, problem, outputs, slices, share, side) for gpu in self.gpus]
+            _in_parallel(jobs, share)
+
+
+def _by_rows(gpu: Gpu, kernel: str, rows: Any, *arrays: Any) -> None:
+    """A kernel of points.cu: a warp a row."""
+    n, d = rows.shape
+    sizes = (np.int64(n), np.int64(d), np.int64(row_stride(rows)))
+    gpu.launch(
+        "points", f"{kernel}_{layout.suffix_of(rows.dtype)}", -(-n // 8), layout.THREADS, 0, rows, *sizes, *arrays
+    )
+
+
+def _norms(gpu: Gpu, rows: Any) -> tuple[Vector, Vector]:
+    """Squared norms and largest entries of the rows, on the host."""
+    squares, largest = gpu.empty((len(rows),), np.float64), gpu.empty((len(rows),), np.float64)
+    _by_rows(gpu, "squares", rows, squares, largest)
+    return squares.get(), largest.get()
+
+
+def _overlap(a: Any, b: Any) -> bool:
+    """True if two matrices on a device may share memory."""
+    if index_of(b) is None:
+        return False
+
+    def span(x: Any) -> tuple[int, int]:
+        return x.data.ptr, x.data.ptr + sum(
+            (s - 1) * abs(t) for s, t in zip(x.shape, x.strides, strict=True)
+        ) + x.itemsize
+
+    (a0, a1), (b0, b1) = span(a), span(b)
+    return a0 < b1 and b0 < a1
+
+
+def _streamed_side(problem: Any, outs: Sequence[Any]) -> int:
+    side = STREAMED
+    slices = outs[0].shape[0] if len(outs[0].shape) == 3 else len(outs)
+    while side > 32 and 4 * side * side * slices * problem.dtype.itemsize > _BUFFER:
+        side //= 2
+    return int(min(side, max(problem.shape)))
+
+
+class Worker:
+    """The arrays of one run on one GPU, and the launches of its tiles."""
+
+    def __init__(self, gpu: Gpu, problem: Any, outputs: Sequence[Output], slices: Slices | None) -> None:
+        self.gpu, self.dtype, self.slices = gpu, problem.dtype, slices
+        self.plan = layout.DevicePlan(problem.compiled.core.arguments, problem.dtype, gpu.upload)
+        self.record = np.zeros((), layout.JOB)
+        self.record["plan"] = self.plan.record
+        self.record["close"], self.record["dim"] = problem.close, problem.x.rows.shape[1]
+        self.record["n_outputs"] = len(outputs)
+        self.record["want_last"] = any(out.mix[3] != 0.0 for out in outputs)
+        self.mixes = [out.mix for out in outputs]
+        self.x = self._side(problem.x)
+        self.y = self.x if problem.symmetric else self._side(problem.y)
+        upload = gpu.upload
+        self.factors = [
+            {"fi": upload(o.f), "fj": upload(o.g), "hi": upload(o.h), "hj": upload(o.k)}
+            | ({} if o.diagonal is None else {"diagonal": upload(o.diagonal)})
+            for o in outputs
+        ]
+        self.module = "gram_general" if self.plan.suffix_layers else "gram_dense"
+        if slices is not None:
+            self.module = "layer_grams"
+            self.slice_factors = {"fi": upload(slices.f), "fj": upload(slices.g)}
+            self._scratch(problem.shape)
+
+    def _side(self, points: Points) -> tuple[Any, Any, Any]:
+        rows = points.rows if index_of(points.rows) is not None else self.gpu.upload(points.rows)
+        return rows, self.gpu.upload(points.inverse), self.gpu.upload(points.norm)
+
+    def _scratch(self, shape: tuple[int, int]) -> None:
+        """Own terms of the layers for every block of layer_grams that runs at a time."""
+        prefix = 3 * layout.THREADS * max(1, self.plan.layers)
+        suffix = 4 * layout.THREADS * max(1, self.plan.suffix_layers)
+        square = layout.SQUARE["layer_grams"]
+        squares = -(-shape[0] // square) * -(-shape[1] // square)
+        self.blocks = blocks = max(1, min(_BLOCKS, _BUFFER // (8 * (prefix + suffix)), squares))
+        self.own = self.gpu.empty((blocks, prefix), self.dtype), self.gpu.empty((blocks, suffix), np.float64)
+
+    def into(self, tile: Tile, products: Any, outs: Sequence[Any], multiply: bool = True) -> None:
+        """Compute a tile into results on the device; products (side, side) is scratch, or holds them (benchmarks)."""
+        views = [out[..., tile.rows, tile.cols] for out in outs]
+        mirrors = [out[..., tile.cols, tile.rows] if tile.mirrored else None for out in outs]
+        self.launch(tile, products, views, mirrors, multiply)
+
+    def launch(
+        self, tile: Tile, products: Any, views: Sequence[Any], mirrors: Sequence[Any], multiply: bool = True
+    ) -> None:
+        """Products and epilogue of a tile, on the current stream."""
+        rows, cols = tile.rows.stop - tile.rows.start, tile.cols.stop - tile.cols.start
+        if multiply:
+            self.gpu.product(self.x[0][tile.rows], self.y[0][tile.cols], products[:rows, :cols])
+        record = self.record.copy()
+        record["products"], record["stride"] = products.data.ptr, row_stride(products)
+        record["rows"], record["cols"], record["diagonal"] = rows, cols, tile.diagonal
+        for name, (x, inverse, norm), part in (("i", self.x, tile.rows), ("j", self.y, tile.cols)):
+            record[name] = (x[part].data.ptr, row_stride(x), inverse[part].data.ptr, norm[part].data.ptr)
+        for k, (factors, mix) in enumerate(zip(self.factors, self.mixes, strict=True)):
+            out = record["outputs"][k]
+            out["mix"] = mix
+            _put_matrix(out, views[k], mirrors[k])
+            _put_factors(out, factors, tile)
+        square = layout.SQUARE[self.module]
+        blocks = -(-rows // square) * -(-cols // square)
+        if self.slices is not None:
+            blocks = min(blocks, self.blocks)
+            self._put_slices(record["slices"], views[0], mirrors[0], tile)
+        suffix = layout.suffix_of(self.dtype)
+        shared = layout.SHARED[self.module, suffix]
+        job = self.gpu.upload(record.reshape(1).view(np.uint8))
+        self.gpu.launch(self.module, f"{self.module}_{suffix}", blocks, layout.THREADS, shared, job)
+
+    def _put_slices(self, out: Any, view: Any, mirror: Any, tile: Tile) -> None:
+        assert self.slices is not None
+        _put_matrix(out, view, mirror)
+        _put_factors(out, self.slice_factors, tile)
+        out["slice_stride"] = view.strides[0] // view.itemsize
+        out["mirror_slice_stride"] = 0 if mirror is None else mirror.strides[0] // view.itemsize
+        out["readout"] = self.slices.readout
+        out["readout_cov"], out["readout_const"] = self.slices.readout_cov, self.slices.readout_const
+        out["own"], out["own_suffix"] = (a.data.ptr for a in self.own)
+
+
+def _put_matrix(out: Any, view: Any, mirror: Any) -> None:
+    out["data"], out["stride"] = view.data.ptr, row_stride(view[0] if view.ndim == 3 else view)
+    if mirror is not None:
+        out["mirror"], out["mirror_stride"] = mirror.data.ptr, row_stride(mirror[0] if mirror.ndim == 3 else mirror)
+
+
+def _put_factors(out: Any, factors: dict[str, Any], tile: Tile) -> None:
+    for name, values in factors.items():
+        if name != "diagonal" or tile.diagonal:
+            out[name] = values[tile.cols if name.endswith("j") else tile.rows].data.ptr
+
+
+class _Share:
+    """What the threads of several GPUs share: tiles to do, results, and whether to stop."""
+
+    def __init__(self, todo: Sequence[Tile], outs: Sequence[Any], bar: Progress) -> None:
+        self._todo, self._lock = deque(todo), threading.Lock()
+        self.outs, self.bar, self.stop = outs, bar, threading.Event()
+
+    def next(self) -> Tile | None:
+        with self._lock:
+            return None if self.stop.is_set() or not self._todo else self._todo.popleft()
+
+    def store(self, tile: Tile, parts: Sequence[tuple[Array, Array | None]]) -> None:
+        """A tile goes to the results; anything but NumPy arrays takes one thread at a time."""
+        if all(isinstance(out, np.ndarray) for out in self.outs):
+            self._store(tile, parts)
+            with self._lock:
+                self.bar.add(tile.entries)
+            return
+        with self._lock:
+            self._store(tile, parts)
+            self.bar.add(tile.entries)
+
+    def _store(self, tile: Tile, parts: Sequence[tuple[Array, Array | None]]) -> None:
+        for out, (part, mirror) in zip(self.outs, parts, strict=True):
+            out[..., tile.rows, tile.cols] = part
+            if mirror is not None:
+                out[..., tile.cols, tile.rows] = mirror
+
+
+def _in_parallel(jobs: Sequence[Callable[[], None]], share: _Share) -> None:
+    """One thread a GPU; the first error stops all, and so does Ctrl-C."""
+    if len(jobs) == 1:
+        jobs[0]()
+        return
+    errors: list[BaseException] = []
+
+    def work(job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:
+            errors.append(error)
+            share.stop.set()
+
+    threads = [threading.Thread(target=work, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.1)
+    finally:
+        share.stop.set()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]
+
+
+class _Buffers:
+    """A tile on its way to the host: its stream, its place on the device and its place in pinned memory."""
+
+    def __init__(self, gpu: Gpu, problem: Any, outs: Sequence[Any], side: int) -> None:
+        self.stream = gpu.stream()
+        self.depths = [out.shape[0] if len(out.shape) == 3 else 0 for out in outs]
+        dtype, sizes = problem.dtype, [max(1, depth) * side * side for depth in self.depths]
+        copies = 2 if problem.symmetric else 1
+        with self.stream:
+            self.products = gpu.empty((side, side), dtype)
+            self.device = [[gpu.empty((size,), dtype) for _ in range(copies)] for size in sizes]
+        self.host = [[gpu.pinned((size,), dtype) for _ in range(copies)] for size in sizes]
+        self.tile: Tile | None = None
+        self.parts: list[tuple[Array, Array | None]] = []
+
+    def start(self, worker: Worker, tile: Tile) -> None:
+        """Launch a tile and its copy."""
+        rows, cols = tile.rows.stop - tile.rows.start, tile.cols.stop - tile.cols.start
+        shapes = [((rows, cols), (cols, rows)) if d == 0 else ((d, rows, cols), (d, cols, rows)) for d in self.depths]
+        both = tile.mirrored and not tile.diagonal
+        views = [_shaped(d[0], s[0]) for d, s in zip(self.device, shapes, strict=True)]
+        mirrors = [_shaped(d[1], s[1]) for d, s in zip(self.device, shapes, strict=True)] if both else list(views)
+        self.tile, self.parts = tile, []
+        with self.stream:
+            worker.launch(tile, self.products, views, mirrors if tile.mirrored else [None] * len(views))
+            for k, (view, mirror) in enumerate(zip(views, mirrors, strict=True)):
+                part = view.get(out=_shaped(self.host[k][0], view.shape), blocking=False)
+                copied = mirror.get(out=_shaped(self.host[k][1], mirror.shape), blocking=False) if both else None
+                self.parts.append((part, copied))
+
+    def finish(self, share: _Share) -> None:
+        """Wait for the copy and store it."""
+        if self.tile is None:
+            return
+        self.stream.synchronize()
+        share.store(self.tile, self.parts)
+        self.tile = None
+
+
+def _shaped(flat: Any, shape: tuple[int, ...]) -> Any:
+    return flat[: int(np.prod(shape))].reshape(shape)
+
+
+def _stream_tiles(
+    gpu: Gpu, problem: Any, outputs: Sequence[Output], slices: Slices | None, share: _Share, side: int
+) -> None:
+    """Tiles one after the other until none is left."""
+    with gpu.device:
+        setup = gpu.stream()
+        with setup:
+            worker = Worker(gpu, problem, outputs, slices)
+        setup.synchronize()  # what it uploaded is used on other streams
+        # The scratch of layer_grams belongs to one launch at a time.
+        buffers = [_Buffers(gpu, problem, share.outs, side) for _ in range(1 if slices is not None else 2)]
+        try:
+            turn = 0
+            while (tile := share.next()) is not None:
+                buffer = buffers[turn % len(buffers)]
+                buffer.finish(share)
+                buffer.start(worker, tile)
+                turn += 1
+            for k in range(len(buffers)):
+                buffers[(turn + k) % len(buffers)].finish(share)
+        finally:
+            for buffer in buffers:
+                buffer.stream.synchronize()

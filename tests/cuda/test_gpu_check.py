@@ -1,0 +1,134 @@
+"""benchmarks/gpu_check.py without a GPU: its plan, and its pieces through the stand-in for CuPy."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+
+import fake_cupy
+import numpy as np
+import pytest
+import simulate
+
+import ntkfast as nf
+from ntkfast import _bench
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def check():
+    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "benchmarks" / "gpu_check.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module  # its dataclass looks itself up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["gpu_check"]
+
+
+def test_dry_run(check, capsys):
+    assert check.main(["--dry-run", "--n", "1000"]) == 0
+    text = capsys.readouterr().out
+    for part in ("gram_dense, gram_general, layer_grams", "n = 1000, d = 784", "resnet(10), float64", "racecheck"):
+        assert part in text
+
+
+def test_no_gpu_is_one_sentence(check, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert check.main([]) == 1
+    assert "needs CuPy" in capsys.readouterr().err
+
+
+def test_the_baseline_computes_the_kernel(check):
+    x = np.random.default_rng(0).normal(size=(30, 8))
+    net = nf.fully_connected(4)
+    assert _bench.max_error(net, x, check.layer_by_layer(np, x, 4)) < 1e-7
+
+
+def test_operations_of_the_layers(check):
+    assert check.operations([0, 1, 2, 2], "float64") == 2 * (32 + 23 + 16 + 16) + 80
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"), [(12.0, "PASS"), (9.0, "FAIL"), (float("nan"), "FAIL"), (None, "not measured")]
+)
+def test_targets(check, value, verdict):
+    report = {"cases": [], "baseline": [] if value is None else [{"over_ours": value}]}
+    assert [t["verdict"] for t in check.targets(report)] == ["not measured", verdict]
+
+
+@pytest.fixture
+def gpu(check, monkeypatch):
+    """The stand-in with what only benchmarks ask for: a clock, properties, a kernel of their own."""
+    if simulate.missing("plain"):
+        pytest.skip(simulate.missing("plain"))
+    fake = fake_cupy.install(monkeypatch, lazy=False)
+    fake.__version__ = "0"
+    fake.cuda.get_elapsed_time = lambda start, end: 2.0
+    fake.cuda.runtime.getDeviceProperties = lambda k: {
+        "name": b"Fake GPU",
+        "multiProcessorCount": 1,
+        "totalGlobalMem": 1,
+    }
+    monkeypatch.setattr(check.compiler, "find", lambda major: types.SimpleNamespace(version=(13, 0)))
+    monkeypatch.setattr(check, "fma_binary", lambda cupy: ROOT / "benchmarks" / "fma.cu")
+    return fake
+
+
+def test_everything_but_tests_and_sanitizer(check, gpu, tmp_path, monkeypatch):
+    benchmarks = check.run_benchmarks
+    monkeypatch.setattr(check, "run_benchmarks", lambda *arguments: benchmarks(*arguments, baseline=False))
+    assert (
+        check.main(
+            ["--skip", "tests", "sanitizer", "--n", "80", "--d", "9", "--rounds", "3", "--folder", str(tmp_path)]
+        )
+        == 0
+    )
+    report = json.loads((tmp_path / "gpu-fake-gpu.json").read_text())
+    assert report["errors"] == []
+    assert report["machine"]["gpu"] == "Fake GPU"
+    assert [row["case"] for row in report["cases"]] == [case.name for case in check.cases(80, 9)]
+    first = report["cases"][0]
+    assert first["GB/s"] == pytest.approx(2e-6 * 80 * 80 * 8 / 2.0)
+    assert first["of_copy"] == pytest.approx(1)
+    assert first["GFLOP/s"] == pytest.approx(1e-6 * 80 * 81 / 2 * 3 * (2 * 32 + 20) / 2.0)
+    assert report["limits"]["float64"]["product"]["GFLOP/s"] == pytest.approx(2e-6 * 80 * 80 * 9 / 2.0)
+    assert report["streaming"][0]["ms"] > 0
+    assert report["targets"][1]["verdict"] == "not measured"
+
+
+def test_a_wrong_answer_is_not_timed(check, gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(check._bench, "max_error", lambda *arguments: float("nan"))
+    assert (
+        check.main(
+            ["--skip", "tests", "sanitizer", "--n", "64", "--d", "3", "--rounds", "1", "--folder", str(tmp_path)]
+        )
+        == 1
+    )
+    report = json.loads((tmp_path / "gpu-fake-gpu.json").read_text())
+    assert "not timed" in report["errors"][0]["error"]
+    assert report["cases"] == []
+
+
+def test_tests_and_sanitizer_that_fail(check, monkeypatch):
+    answers = {"pytest": (0, "58 skipped in 1.7s"), "memcheck": (99, "Invalid read")}
+    monkeypatch.setattr(check.shutil, "which", lambda name: name)
+
+    def run(command, **others):
+        code, text = next((v for k, v in answers.items() if k in command), (0, ""))
+        return types.SimpleNamespace(returncode=code, stdout=text, stderr="")
+
+    monkeypatch.setattr(check.subprocess, "run", run)
+    with pytest.raises(RuntimeError, match="58 skipped"):
+        check.run_tests({})
+    report = {}
+    with pytest.raises(RuntimeError, match="memcheck:\nInvalid read"):
+        check.run_sanitizer(report)
+    assert report["sanitizer"] == {"memcheck": "status 99", "racecheck": "clean", "initcheck": "clean"}
+    answers |= {"pytest": (0, "58 passed in 1.7s"), "memcheck": (0, "")}
+    check.run_tests(report)
+    check.run_sanitizer(report)
+    assert report["tests"] == {"status": 0, "summary": "58 passed in 1.7s"}
