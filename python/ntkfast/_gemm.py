@@ -9,7 +9,7 @@ import numpy as np
 
 
 def fuses(dtype: np.dtype[Any], shape: tuple[int, int], dim: int, wide: bool) -> bool:
-    """True for one pass. NTKFAST_GEMM=blas or fused forces one; sums of float32 in float64 are made in one pass only."""
+    """True for one pass. NTKFAST_GEMM=blas or fused forces one; sums of float32 in float64 need one pass."""
     forced = os.environ.get("NTKFAST_GEMM", "")
     if forced not in ("", "blas", "fused"):
         raise ValueError(f"NTKFAST_GEMM={forced!r}: use blas or fused, or leave it unset")

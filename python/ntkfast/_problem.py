@@ -82,7 +82,7 @@ class Problem:
 
 
 def _unit(compiled: Compiled, mix: Mix, single: bool, table: Any) -> float:
-    """A result of two equal points, before the readout's constant, where it is the same for all of them but for norms."""
+    """A result of two equal points before the readout's constant, where it is the same for all but for the norms."""
     one = np.ones(1)
     if table is not None:
         return float(table.values(np.zeros(1), one)[0])

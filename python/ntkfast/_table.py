@@ -81,6 +81,7 @@ def choose(
     tables = tuple(_table(net, mix, dtype, norm) for mix in mixes)
     if not all(table.reached for table in tables):
         worst = max(table.error for table in tables)
-        return Path(None, f"no table of this network is accurate enough (best {worst:.1e})")
+        found = f"the best has {worst:.1e}" if np.isfinite(worst) else "no fit on its panels"
+        return Path(None, f"no table of this network is accurate enough ({found})")
     what = "norms factor out" if compiled.prefix_only else f"all norms are {norm:.6g}"
     return Path(tables, what)
