@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 import ntkfast
 from ntkfast import _core
 from ntkfast._arrays import available_memory, check_matrix, result_dtype
+from ntkfast._machine import blas, processor
 from ntkfast.activation import NAMES
 from ntkfast.gram import KINDS, _check_kinds
 from ntkfast.network import Network
@@ -64,13 +65,6 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _blas() -> str:
-    """Name and version of the BLAS that NumPy was built with."""
-    config: Any = np.show_config(mode="dicts")
-    found = config.get("Build Dependencies", {}).get("blas", {})
-    return f"{found.get('name', 'unknown')} {found.get('version', '')}".strip()
-
-
 def _blas_threads() -> str:
     try:
         from threadpoolctl import threadpool_info  # type: ignore[import-untyped,import-not-found,unused-ignore]
@@ -78,17 +72,6 @@ def _blas_threads() -> str:
         return "install threadpoolctl to see its threads"
     pools = [pool for pool in threadpool_info() if pool.get("user_api") == "blas"]
     return ", ".join(f"{pool['num_threads']} threads" for pool in pools) or "threads unknown"
-
-
-def _processor() -> str:
-    """The name of the processor as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return " ".join(line.split(":", 1)[1].split())
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _cores() -> int:
@@ -100,8 +83,8 @@ def machine() -> str:
     """Machine and versions in one line, to stand below a table of measurements."""
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
-        f"{_processor()}, {_cores()} cores{load}; instruction set {_core.isa()}, {_core.threads()} threads; "
-        f"ntkfast {ntkfast.__version__}, NumPy {np.__version__} ({_blas()}), Python {platform.python_version()}"
+        f"{processor()}, {_cores()} cores{load}; instruction set {_core.isa()}, {_core.threads()} threads; "
+        f"ntkfast {ntkfast.__version__}, NumPy {np.__version__} ({blas()}), Python {platform.python_version()}"
     )
 
 
@@ -114,8 +97,8 @@ def info() -> int:
         ("ntkfast", ntkfast.__version__),
         ("python", f"{platform.python_version()} ({platform.python_implementation()}, {platform.platform()})"),
         ("numpy", np.__version__),
-        ("BLAS of numpy", f"{_blas()} ({_blas_threads()})"),
-        ("processor", f"{_processor()}, {_cores()} logical cores for this process"),
+        ("BLAS of numpy", f"{blas()} ({_blas_threads()})"),
+        ("processor", f"{processor()}, {_cores()} logical cores for this process"),
         ("instruction set", f"{ISA_NAMES.get(isa, isa)}; available: {available} (NTKFAST_ISA forces one)"),
         ("threads", f"{_core.threads()} (OpenMP; OMP_NUM_THREADS or threadpoolctl change it)"),
         ("memory available", "unknown" if memory is None else f"{memory / 1e9:.1f} GB"),

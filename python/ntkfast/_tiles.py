@@ -78,8 +78,8 @@ class Job:
 
     outputs are (n, m) or, for layer_grams, one (P, n, m); anything with slice assignment. `epilogue` is called as
     epilogue(tile, part, products, views, mirrors): `part` rows of the tile (relative to it), their inner products,
-    the views of the outputs they belong to, and the transposed views or None. `fused(tile, views, mirrors)` does without
-    the products.
+    the views of the outputs they belong to, and the transposed views or None. `fused(tile, views, mirrors)` does
+    without the products.
     """
 
     x: Array  #: (n, d)
