@@ -12,6 +12,7 @@
 #include "doors.h"
 #include "general.h"
 #include "homogeneous.h"
+#include "jacobian.h"
 
 namespace ntk {
 namespace NTK_ISA {
@@ -346,7 +347,8 @@ bool pairs(const Plan& plan, const Pairs& p) {
 #define NTK_STRING(x) NTK_STRING2(x)
 extern const Kernels table;
 const Kernels table = {NTK_STRING(NTK_ISA), tile<double>,    tile<float>,   pairs<double>,  pairs<float>, squares<double>,
-                       squares<float>,      rows,            scalar<double>, scalar<float>, dual};
+                       squares<float>,      rows,            scalar<double>, scalar<float>, dual,
+                       multiply_add<double>, multiply_add<float>, mirror<double>, mirror<float>};
 
 }  // namespace NTK_ISA
 }  // namespace ntk
