@@ -38,7 +38,7 @@ NETS = {
     "residual first": nf.Network([nf.Residual("sin", scale=0.5, skip=0.8), nf.Dense("erf", trained=False)]),
     "frozen inside": nf.Network([nf.Dense("gaussian"), nf.Bottleneck("relu", scale=0.3, trained=False), nf.Dense("tanh")]),
     "user function": nf.fully_connected(2, ARCTAN),
-    "exp": nf.fully_connected(2, "exp", gain=0.1),
+    "exp": nf.Network([nf.Dense("exp", weight_variance=0.1), nf.Dense("erf")]),
     "identity": nf.Network([nf.Dense("identity"), nf.Dense(nf.Activation.leaky_relu(1.0))]),
 }  # fmt: skip
 
