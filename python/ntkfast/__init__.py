@@ -19,6 +19,7 @@ from ntkfast.gram import diagonal, gram, layer_grams
 from ntkfast.jacobian import LayerFactors, jacobian_diagonal, jacobian_gram
 from ntkfast.layers import Bottleneck, Dense, Linear, Readout, Residual
 from ntkfast.network import Network, bottleneck_resnet, fixed_readout_resnet, fully_connected, resnet
+from ntkfast.third_order import third_order_kernel
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "jacobian_gram",
     "layer_grams",
     "resnet",
+    "third_order_kernel",
 ]
 
 if hasattr(_os, "register_at_fork"):
