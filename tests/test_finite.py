@@ -36,7 +36,8 @@ NETS = {
     "fixed readout, depth 1": nf.fixed_readout_resnet(1),
     "everything": MIXED,
     "residual first": nf.Network([nf.Residual("sin", scale=0.5, skip=0.8), nf.Dense("erf", trained=False)]),
-    "frozen inside": nf.Network([nf.Dense("gaussian"), nf.Bottleneck("relu", scale=0.3, trained=False), nf.Dense("tanh")]),
+    "frozen inside": nf.Network([nf.Dense("gaussian"), nf.Bottleneck("relu", scale=0.3, trained=False),
+                                 nf.Dense("tanh")]),
     "user function": nf.fully_connected(2, ARCTAN),
     "exp": nf.Network([nf.Dense("exp", weight_variance=0.1), nf.Dense("erf")]),
     "identity": nf.Network([nf.Dense("identity"), nf.Dense(nf.Activation.leaky_relu(1.0))]),
@@ -225,8 +226,8 @@ def test_factors_of_a_tile_are_made_once_a_row(rng, monkeypatch):
     assert sum(made) == 4 * 10 + 6 * 10  # four rows kept, six tiles beside them
 
 
-CONVERGING = ["fully connected, variances", "resnet", "bottleneck, all trained", "fixed readout, wide end", "everything",
-              "residual first", "user function"]  # fmt: skip
+CONVERGING = ["fully connected, variances", "resnet", "bottleneck, all trained", "fixed readout, wide end",
+              "everything", "residual first", "user function"]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -318,6 +319,6 @@ def test_bad_input():
     assert nf.empirical_ntk(network, np.eye(3, dtype=int)).dtype == np.float64
     with pytest.raises(ValueError, match="at least one"):
         nf.check_against_network(net, np.eye(3), [], 3)
+    frozen = nf.Network([nf.Dense(trained=False)], nf.Readout(trained=False))
     with pytest.raises(ValueError, match="nothing is trained"):
-        frozen = nf.Network([nf.Dense(trained=False)], nf.Readout(trained=False))
         nf.check_against_network(frozen, np.eye(3), 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -264,6 +265,8 @@ def test_one_version():
 def modules():
     yield "ntkfast"
     for found in pkgutil.walk_packages(nf.__path__, "ntkfast."):
+        if found.name == "ntkfast.torch" and not importlib.util.find_spec("torch"):
+            continue  # PyTorch is optional
         if not found.name.endswith(("_core", "__main__")):
             yield found.name
 

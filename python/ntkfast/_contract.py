@@ -108,7 +108,8 @@ def _add_products(
 def _gradients(factor: Factor, ins: slice, outs: slice) -> Array:
     """Weight gradients of every sample, (n, inputs * outputs), for some inputs and outputs of the layer."""
     A, D = factor.blocks
-    return np.matmul(A[:, :, ins].transpose(0, 2, 1), D[:, :, outs]).reshape(len(factor), -1)
+    gradients: Array = np.matmul(A[:, :, ins].transpose(0, 2, 1), D[:, :, outs])
+    return gradients.reshape(len(factor), -1)
 
 
 def _parameter_slices(samples: int, fan_in: int, fan_out: int, itemsize: int) -> list[tuple[slice, slice]]:

@@ -16,7 +16,7 @@ from ntkfast import _core
 from ntkfast.activation import Activation
 
 Array = NDArray[Any]
-Elementwise = Callable[[Array], Array]
+Elementwise = Callable[[Array], Any]
 
 
 class Derivatives(NamedTuple):
@@ -31,7 +31,7 @@ def _erf(z: Array) -> Array:
     return np.asarray(_core.erf(z)).astype(z.dtype, copy=False)
 
 
-def _bell(z: Array) -> Array:
+def _bell(z: Array) -> Any:
     """Derivative of erf."""
     return 2 / math.sqrt(math.pi) * np.exp(-z * z)
 
@@ -41,7 +41,7 @@ def _normal(z: Array) -> tuple[Array, Array]:
     return 0.5 * (1 + _erf(z * math.sqrt(0.5))), np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
 
 
-def _gelu_first(z: Array) -> Array:
+def _gelu_first(z: Array) -> Any:
     below, density = _normal(z)
     return below + z * density
 
@@ -51,16 +51,16 @@ def _sigmoid(z: Array) -> Array:
     return np.where(z >= 0, 1 / (1 + e), e / (1 + e))
 
 
-def _silu_first(z: Array) -> Array:
+def _silu_first(z: Array) -> Any:
     return _sigmoid(z) * (1 + z * _sigmoid(-z))
 
 
-def _silu_second(z: Array) -> Array:
+def _silu_second(z: Array) -> Any:
     up, down = _sigmoid(z), _sigmoid(-z)
     return up * down * (2 + z * (down - up))
 
 
-def _tanh_first(z: Array) -> Array:
+def _tanh_first(z: Array) -> Any:
     e = np.exp(-2 * np.abs(z))
     return 4 * e / (1 + e) ** 2
 
@@ -69,9 +69,7 @@ _SMOOTH: dict[str, Derivatives] = {
     "erf": Derivatives(_erf, _bell, lambda z: -2 * z * _bell(z)),
     "gelu": Derivatives(lambda z: z * _normal(z)[0], _gelu_first, lambda z: (2 - z * z) * _normal(z)[1]),
     "silu": Derivatives(lambda z: z * _sigmoid(z), _silu_first, _silu_second),
-    "softplus": Derivatives(
-        lambda z: np.logaddexp(z.dtype.type(0), z), _sigmoid, lambda z: _sigmoid(z) * _sigmoid(-z)
-    ),
+    "softplus": Derivatives(lambda z: np.logaddexp(z.dtype.type(0), z), _sigmoid, lambda z: _sigmoid(z) * _sigmoid(-z)),
     "tanh": Derivatives(np.tanh, _tanh_first, lambda z: -2 * np.tanh(z) * _tanh_first(z)),
     "sin": Derivatives(np.sin, np.cos, lambda z: -np.sin(z)),
     "cos": Derivatives(np.cos, lambda z: -np.sin(z), lambda z: -np.cos(z)),

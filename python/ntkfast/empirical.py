@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ def _factors(network: FiniteNetwork, x: Array) -> list[Factor]:
     return [Factor(a, d, 1) for a, d in network.factors(x)]
 
 
-def _memory(memory: int | None) -> int:
+def memory_budget(memory: int | None) -> int:
+    """Bytes of factors kept at once."""
     if memory is None:
         free = available_memory()
         return KEPT if free is None else min(KEPT, free // 4)
@@ -67,8 +68,8 @@ def empirical_ntk(
     memory : int, optional
         Bytes for layer inputs and output gradients; 2 GiB, or a quarter of what is free, unless given. If those of all
         samples fit they are computed once. Otherwise tiles of samples with half of it each: the tile of rows is kept
-        while the tiles of columns are computed again beside it. That costs width / (samples of a tile) times the work of
-        the products.
+        while the tiles of columns are computed again beside it, which costs about width / (samples of a tile) times
+        the work of the products.
     progress : bool
         Show a progress bar for every tile.
 
@@ -99,7 +100,7 @@ def empirical_ntk(
                         "for PyTorch modules there is ntkfast.torch.empirical_ntk")  # fmt: skip
     x, wrap = network.points(X, "X")
     y = None if Y is None else network.points(Y, "Y")[0]
-    budget = _memory(memory)
+    budget = memory_budget(memory)
     layers = len(network.net.slices)
     shape = (len(x), len(x) if y is None else len(y))
     inputs = [x] if y is None else [x, y]
@@ -111,32 +112,36 @@ def empirical_ntk(
         left = _factors(network, x)
         fill(result, left, None if y is None else _factors(network, y), per_layer=per_layer, progress=progress)
     else:
-        _in_tiles(network, x, y, result, rows, budget, per_layer=per_layer, progress=progress)
+        size = network.bytes_per_sample
+        cols = None if y is None else sample_tiles(len(y), len(x), size, budget)
+        other = x if y is None else y
+        in_tiles(lambda part, left: _factors(network, (x if left else other)[part]), result, rows, cols,
+                 per_layer=per_layer, progress=progress)  # fmt: skip
     return result if out is not None else wrap(result)
 
 
-def _in_tiles(
-    network: FiniteNetwork, x: Array, y: Array | None, out: Any, rows: list[slice], budget: int, *, per_layer: bool,
-    progress: Any,
+def in_tiles(
+    make: Callable[[slice, bool], list[Factor]], out: Any, rows: list[slice], cols: list[slice] | None, *,
+    per_layer: bool, progress: Any,
 ) -> None:  # fmt: skip
-    """Tile by tile with the factors of one tile of rows and one of columns at a time."""
-    other = x if y is None else y
-    cols = rows if y is None else sample_tiles(len(y), len(x), network.bytes_per_sample, budget)
-    assert cols is not None
+    """Tile by tile with the factors of one tile of rows and one of columns at a time.
+
+    make(part, left) are those of some rows of X, or of Y if not ``left``; cols None means symmetric.
+    """
     for i, row in enumerate(rows):
-        left = _factors(network, x[row])
-        for j, col in enumerate(cols):
-            if y is None and j < i:
+        left = make(row, True)
+        for j, col in enumerate(rows if cols is None else cols):
+            if cols is None and j < i:
                 continue
-            same = y is None and i == j
-            right = None if same else _factors(network, other[col])
+            same = cols is None and i == j
+            right = None if same else make(col, cols is None)
             direct = isinstance(out, np.ndarray)
-            to = out[..., row, col] if direct else np.empty(
-                (*out.shape[:-2], row.stop - row.start, col.stop - col.start), network.dtype)  # fmt: skip
+            shape = (*out.shape[:-2], row.stop - row.start, col.stop - col.start)
+            to = out[..., row, col] if direct else np.empty(shape, left[0].inputs.dtype)
             fill(to, left, right, per_layer=per_layer, progress=progress)
             if not direct:
                 out[..., row, col] = to
-            if y is None and not same:
+            if cols is None and not same:
                 out[..., col, row] = np.swapaxes(to, -1, -2)
 
 
@@ -170,7 +175,9 @@ class WidthCheck:
         return rms
 
     def __str__(self) -> str:
-        lines = [f"{'width':>7}  {'gap':>8}  {'c/sqrt(m)':>9}  {'of mean':>8}  " + "  ".join(f"{n:>8}" for n in self.names)]
+        lines = [
+            f"{'width':>7}  {'gap':>8}  {'c/sqrt(m)':>9}  {'of mean':>8}  " + "  ".join(f"{n:>8}" for n in self.names)
+        ]
         layers = np.sqrt(np.mean(self.layers**2, axis=1))
         for k, width in enumerate(self.widths):
             numbers = [self._rms()[k], self.expected[k], self.bias[k], *layers[k]]
@@ -195,7 +202,7 @@ def check_against_network(
     Returns
     -------
     WidthCheck
-        Relative gaps, total and per layer, with the line c / sqrt(width) that they should follow; ``print`` shows a table.
+        Relative gaps, total and per layer, with the line c / sqrt(width) that they should follow; ``print`` it.
 
     Raises
     ------

@@ -209,8 +209,8 @@ class FiniteNetwork:
     width : int
     dtype : numpy.dtype
     weights : list of arrays
-        From the input to the output: every layer's W (fan_out, fan_in), its bias, V, its bias; the readout and its bias.
-        Biases of variance 0 are left out. Change entries in place to change the network.
+        From the input to the output: every layer's W (fan_out, fan_in), its bias, V, its bias; the readout and its
+        bias. Biases of variance 0 are left out. Change entries in place to change the network.
 
     Examples
     --------

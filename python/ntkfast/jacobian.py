@@ -66,8 +66,8 @@ def _layer(item: Any, name: str) -> tuple[Array, Array, Callable[[Array], Any]]:
         raise TypeError(f"{name} must be LayerFactors(inputs, deltas), got {type(item).__name__}")
     (a, wrap), d = as_numpy(item[0], f"{name}.inputs"), as_numpy(item[1], f"{name}.deltas")[0]
     if a.ndim not in (2, 3) or d.ndim != a.ndim or a.shape[:-1] != d.shape[:-1]:
-        raise ValueError(f"{name}: inputs {a.shape} and deltas {d.shape} must have shapes (n, fan_in) and (n, fan_out), "
-                         "or (n, positions, fan_in) and (n, positions, fan_out)")  # fmt: skip
+        raise ValueError(f"{name}: inputs {a.shape} and deltas {d.shape} must have shapes (n, fan_in) and "
+                         "(n, fan_out), or (n, positions, fan_in) and (n, positions, fan_out)")  # fmt: skip
     if 0 in a.shape or 0 in d.shape:
         raise ValueError(f"{name} is empty: inputs {a.shape}, deltas {d.shape}")
     return a, d, wrap
@@ -135,8 +135,8 @@ def jacobian_gram(
     factors : list of LayerFactors(inputs, deltas)
         Of n samples; from :meth:`FiniteNetwork.jacobian_factors`, :func:`ntkfast.torch.jacobian_factors` or your own
         code. One entry per weight matrix: the layer inputs A, (n, [p,] fan_in), and the gradients D of the output
-        with respect to what the matrix produced, (n, [p,] fan_out), so that df/dW = sum over the positions p of D A^T. A
-        bias is one more column of A, holding its amplitude. All float32 or all float64, in host memory.
+        with respect to what the matrix produced, (n, [p,] fan_out), so that df/dW = sum over the positions p of D A^T.
+        A bias is one more column of A, holding its amplitude. All float32 or all float64, in host memory.
     other : list of LayerFactors, optional
         Of m other samples. ``None`` means the same ones: half the work, an exactly symmetric result.
     per_layer : bool
@@ -163,8 +163,8 @@ def jacobian_gram(
     Notes
     -----
     G^(h)_ij = <df_i/dW^(h), df_j/dW^(h)> (Du et al., arXiv 1811.03804, section 3). Products come from the BLAS in tiles
-    that are multiplied and added in cache. With positions the sum over all pairs of them is taken from their products or
-    from weight gradients sample by sample, whichever is cheaper; memory beyond inputs and result stays under 64 MB.
+    that are multiplied and added in cache. With positions the sum over all pairs of them is taken from their products
+    or from weight gradients sample by sample, whichever is cheaper; memory beyond inputs and result stays under 64 MB.
 
     Examples
     --------

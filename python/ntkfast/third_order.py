@@ -40,8 +40,8 @@ def _check(network: Any) -> None:
     net = network.net
     for h, layer in enumerate(net.layers, 1):
         if not isinstance(layer, (Dense, Residual)):
-            raise ValueError(f"third_order_kernel takes Dense and Residual layers (fully_connected, resnet); layer {h} is "
-                             f"{type(layer).__name__}")  # fmt: skip
+            raise ValueError("third_order_kernel takes Dense and Residual layers (fully_connected, resnet); "
+                             f"layer {h} is {type(layer).__name__}")  # fmt: skip
         if layer.bias_variance:
             raise ValueError(f"third_order_kernel takes networks without biases; layer {h} has one")
     if net.readout.bias_variance:
@@ -153,7 +153,7 @@ def third_order_kernel(network: FiniteNetwork, X: Any, *, out: Any = None) -> An
     Parameters
     ----------
     network : FiniteNetwork
-        Of :func:`fully_connected` or :func:`resnet` (Dense and Residual layers) without biases; every activation smooth.
+        Of :func:`fully_connected` or :func:`resnet` (Dense and Residual layers) without biases, activations smooth.
     X : array, shape (n, d)
     out : array, optional
         Where the result goes; anything with slice assignment.
@@ -173,7 +173,7 @@ def third_order_kernel(network: FiniteNetwork, X: Any, *, out: Any = None) -> An
     Notes
     -----
     Li, Luo, Yip (arXiv 2007.03714), Huang and Yau (arXiv 1909.08156). Tangents of z, x and of the output gradients of
-    every sample along every gradient, from products of single samples: O(n^2 L m^2 + n^3 L m) operations and no Hessian,
+    every sample along every gradient, from products of single samples: O(n^2 L m^2 + n^3 L m) operations, no Hessian,
     where a Hessian-vector product of every triple would take O(n^3 L m^2).
 
     Examples

@@ -1,7 +1,7 @@
 """Networks of finite width by the definition: Jacobians written out, parameter by parameter.
 
-Weights are those of :attr:`ntkfast.FiniteNetwork.weights`: per layer W (fan_out, fan_in), its bias if it has one, V, its
-bias; the readout and its bias. Samples are treated one at a time; the chain rule is a product of matrices.
+Weights are those of :attr:`ntkfast.FiniteNetwork.weights`: per layer W (fan_out, fan_in), its bias if it has one, V,
+its bias; the readout and its bias. Samples are treated one at a time; the chain rule is a product of matrices.
 """
 
 from __future__ import annotations
@@ -107,8 +107,10 @@ def _pieces(net: Network, weights: Sequence[ArrayLike]) -> tuple[list[_Pieces], 
         V = next(todo) if isinstance(layer, Bottleneck) else None
         outer_beta = next(todo) if ov else None
         p, k, outer = _amplitudes(layer, len(W))
-        pieces.append(_Pieces(W, beta, V, outer_beta, *_activation(layer.activation), math.sqrt(wv), math.sqrt(bv), p, k,
-                              outer, math.sqrt(ov), getattr(layer, "trained", True)))  # fmt: skip
+        s, ds = _activation(layer.activation)
+        trained = getattr(layer, "trained", True)
+        pieces.append(_Pieces(W, beta, V, outer_beta, s, ds, math.sqrt(wv), math.sqrt(bv), p, k, outer, math.sqrt(ov),
+                              trained))  # fmt: skip
     a = next(todo)
     beta = next(todo) if net.readout.bias_variance else None
     if next(todo, None) is not None:
@@ -179,8 +181,9 @@ def _one_jacobian(net: Network, pieces: list[_Pieces], a: Array, beta: Array | N
 def finite_jacobian(net: Network, weights: Sequence[ArrayLike], X: ArrayLike) -> list[Array]:
     """The explicit Jacobian of a finite network: one (n, parameters) block per trained matrix and its bias.
 
-    In the order of ``net.slices``; within a block row by row of W, each with its bias behind it. For ``fixed_readout_resnet`` divided by sqrt m, so that the sum of J J^T over the
-    blocks is the empirical tangent kernel of every network.
+    In the order of ``net.slices``; within a block row by row of W, each with its bias behind it. For
+    ``fixed_readout_resnet`` divided by sqrt m, so that the sum of J J^T over the blocks is the empirical
+    tangent kernel of every network.
 
     Examples
     --------
@@ -203,8 +206,9 @@ def fixed_readout_jacobian(weights: Sequence[ArrayLike], x: ArrayLike, theta: fl
     """Equation (2) of Frei, Cao, Gu (arXiv 1910.02934) for one input: df/dW_l, (m_{l-1}, m_l), l = 1..L+1, not scaled.
 
     grad_{W_l} f = theta^[2 <= l <= L] x_{l-1} v^T H_{l+1}^{L+1} Sigma_l with the interlayer matrices
-    H_l^k = prod_{r=l..k} (I + theta Sigma_r W_r^T) (later factors on the left), H_l^{L+1} = Sigma_{L+1} W_{L+1}^T H_l^L,
-    H_{L+2}^{L+1} = I, Sigma_l = diag 1(W_l^T x_{l-1} > 0). ``weights`` are those of the network: W_l^T, then v.
+    H_l^k = prod_{r=l..k} (I + theta Sigma_r W_r^T) (later factors on the left),
+    H_l^{L+1} = Sigma_{L+1} W_{L+1}^T H_l^L, H_{L+2}^{L+1} = I, Sigma_l = diag 1(W_l^T x_{l-1} > 0).
+    ``weights`` are those of the network: W_l^T, then v.
 
     Examples
     --------
