@@ -84,6 +84,14 @@ def close(rows: list[Row]) -> str:
     return table(["pairs that are close", "dtype", "extra time / X Xᵀ"], body)
 
 
+def finite(rows: list[Row]) -> str:
+    """Tangent kernels of a finite network."""
+    body = [[row["name"], str(row["n"]), row["dtype"], row["clock"], spread(row["seconds"]),
+             f"{row['over_ntkfast'][1]:.2f}", "" if row["error"] is None else f"{row['error']:.0e}"]
+            for row in rows]  # fmt: skip
+    return table(["finite network", "n", "dtype", "clock", "time (quartiles)", "/ ntkfast", "max error"], body)
+
+
 def main(argv: list[str]) -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,7 +113,9 @@ def main(argv: list[str]) -> int:
         parts.append(grams(rows))
     if options.all:
         parts += [
-            f(report[key]) for f, key in ((kernels, "kernels"), (close, "close"), (targets, "targets")) if report[key]
+            f(report[key])
+            for f, key in ((kernels, "kernels"), (close, "close"), (finite, "finite"), (targets, "targets"))
+            if report.get(key)
         ]
     others = ", ".join(f"{name} {report['machine'][name]}" for name in ("numba", "neural-tangents", "jax")
                        if name in report["machine"])  # fmt: skip

@@ -250,10 +250,10 @@ def test_wide_networks_converge_to_gram_like_one_over_root_width(name):
 def test_the_check_notices_another_kernel(monkeypatch):
     """A kernel that is wrong by a tenth has a gap that does not fall with the width."""
     X = np.eye(3)
-    right = nf.check_against_network(nf.fully_connected(2), X, [4000], seeds=3)
+    right = nf.check_against_network(nf.fully_connected(2), X, [2000], seeds=3)
     monkeypatch.setattr("ntkfast.empirical.layer_grams", lambda net, X: 1.3 * nf.layer_grams(net, X))
-    wrong = nf.check_against_network(nf.fully_connected(2), X, [4000], seeds=3)
-    assert right.total.max() < 0.1 < 0.2 < wrong.total.min()
+    wrong = nf.check_against_network(nf.fully_connected(2), X, [2000], seeds=3)
+    assert right.total.max() < 0.15 < 0.2 < wrong.total.min()
 
 
 def test_the_check_prints_a_table():
