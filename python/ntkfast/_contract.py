@@ -77,9 +77,11 @@ def contraction(
 
 
 def _buffers(left: Sequence[Factor], right: Sequence[Factor]) -> tuple[Array, Array]:
-    size = max((max(ROWS, a.positions) * max(ROWS, b.positions) for a, b in zip(left, right, strict=True)), default=0)
-    dtype = left[0].inputs.dtype if left else np.dtype(np.float64)
-    return np.empty(size, dtype=dtype), np.empty(size, dtype=dtype)
+    def rows(factor: Factor) -> int:
+        return min(max(ROWS, factor.positions), len(factor.inputs))
+
+    size = max(rows(a) * rows(b) for a, b in zip(left, right, strict=True))
+    return np.empty(size, dtype=left[0].inputs.dtype), np.empty(size, dtype=left[0].inputs.dtype)
 
 
 def _cuts(rows: slice, side: int) -> list[slice]:
