@@ -143,6 +143,8 @@ def in_tiles(
                 out[..., row, col] = to
             if cols is None and not same:
                 out[..., col, row] = np.swapaxes(to, -1, -2)
+            right = None  # before the next ones are made
+        left = []
 
 
 @dataclass(frozen=True)

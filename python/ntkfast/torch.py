@@ -342,6 +342,8 @@ def empirical_ntk(module: Any, x: Any, *, output: Any = "sum", memory: int | Non
         for j, col in enumerate(tiles[i:], i):
             right = left if i == j else _lists(_factors(module, x[col], wanted), output)
             _fill_blocks(K, row, col, left, right)
+            right = []  # before the next ones are made
+        left = []
     return K.reshape(n * count, n * count)
 
 
