@@ -162,13 +162,13 @@ def contest(
         limit = TOLERANCE[dtype] if name in ("empirical_ntk", "jacobian_gram") else 1e-4
         if not errors[name] <= limit:
             raise ArithmeticError(f"{name}, n = {n}, {dtype}: error {errors[name]:.1e}")
-    slow = {name for name in calls if name in ("explicit Jacobian", "torch.func")}
-    times = _bench.interleave({k: v for k, v in calls.items() if k not in slow}, 3 if quick else 9, clock=clock)
+    # Gigabytes that come and go, and PyTorch's threads, would disturb the others.
+    slow = {name: calls.pop(name) for name in ("explicit Jacobian", "torch.func") if name in calls}
+    times = _bench.interleave(calls, 3 if quick else 9, clock=clock)
     if slow:
-        group = {k: v for k, v in calls.items() if k in slow or k == "empirical_ntk"}
-        times |= {f"{k}, slow group": v for k, v in _bench.interleave(group, 1 if quick else 3, clock=clock).items()}
+        times |= _bench.interleave(slow, 1 if quick else 3, clock=clock)
     kind = "wall" if clock is time.perf_counter else "CPU, one thread"
-    return [_row(name, n, dtype, times, errors) | {"clock": kind} for name in calls]
+    return [_row(name, n, dtype, times, errors) | {"clock": kind} for name in times]
 
 
 def _add_torch(calls: dict[str, Callable[[], Any]], problem: Problem) -> None:
@@ -181,9 +181,8 @@ def _add_neural_tangents(calls: dict[str, Callable[[], Any]], problem: Problem) 
 
 
 def _row(name: str, n: int, dtype: str, times: dict[str, Any], errors: dict[str, float]) -> dict[str, Any]:
-    """Times of one contender, and over ntkfast's in the same turns (of its whole, or of the Gram alone)."""
-    group = "" if name in times else ", slow group"
-    mine = "jacobian_gram" if name == "products" else "empirical_ntk"
-    own, ours = times[name + group], times[mine + group]
+    """Times of one contender, and over ntkfast's (the Gram alone for `products`); turn by turn if they took turns."""
+    own, ours = times[name], times["jacobian_gram" if name == "products" else "empirical_ntk"]
+    ratio = own / (ours if len(own) == len(ours) else np.median(ours))
     return {"name": name, "n": n, "dtype": dtype, "seconds": _bench.quartiles(own), "rounds": len(own),
-            "over_ntkfast": _bench.quartiles(own / ours), "error": errors.get(name)}  # fmt: skip
+            "over_ntkfast": _bench.quartiles(ratio), "error": errors.get(name)}  # fmt: skip
