@@ -182,10 +182,18 @@ def everything(report: Row, every_size: bool) -> list[str]:
         parts.append(grams(rows))
     if every_size:
         sections = ((by_depth, "depth"), (by_recursion, "gram"), (kernels, "kernels"), (close, "close"),
-                    (targets, "targets"))  # fmt: skip
-        parts += [f(report[key]) for f, key in sections if report[key]]
+                    (finite, "finite"), (targets, "targets"))  # fmt: skip
+        parts += [f(report[key]) for f, key in sections if report.get(key)]
         parts += [tables(report)] if report["tables"] else []
     return [*parts, footer(report)]
+
+
+def finite(rows: list[Row]) -> str:
+    """Tangent kernels of a finite network."""
+    body = [[row["name"], str(row["n"]), row["dtype"], row["clock"], spread(row["seconds"]),
+             f"{row['over_ntkfast'][1]:.2f}", "" if row["error"] is None else f"{row['error']:.0e}"]
+            for row in rows]  # fmt: skip
+    return table(["finite network", "n", "dtype", "clock", "time (quartiles)", "/ ntkfast", "max error"], body)
 
 
 def main(argv: list[str]) -> int:

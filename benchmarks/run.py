@@ -8,6 +8,7 @@ kernels   the compiled recursion alone, one core, data in cache
 tables    compiled tables alone, and making them, one core
 rivals    the same kernel by NumPy, numba and neural-tangents, as far as they are installed
 close     what close pairs cost
+finite    tangent kernels of a finite network by NumPy, torch.func and neural-tangents
 process   import time, size of the wheel, memory beyond inputs and result
 table     sizes, depths, dtypes, families
 """
@@ -29,13 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import finite
 import numpy as np
 import rivals
 
 from ntkfast import _bench, _bench_kernels, _bench_text
 
 HERE = Path(__file__).resolve().parent
-SECTIONS = ("gram", "depth", "kernels", "tables", "rivals", "close", "process", "table")
+SECTIONS = ("gram", "depth", "kernels", "tables", "rivals", "close", "process", "table", "finite")
 Report = dict[str, Any]
 #: Rivals are judged by their own accuracy; this only makes sure that they compute the same kernel.
 RIVAL_TOLERANCE = {"float64": 1e-6, "float32": 1e-2}
@@ -281,6 +283,38 @@ def measure_table(report: Report, quick: bool) -> None:
         report["table"].append(_bench.measure(case, 3 if quick else (5 if case.n > 4096 else 9)))
 
 
+def measure_finite(report: Report, quick: bool) -> None:
+    """Finite networks: against the products alone, explicit Jacobians, and the structured derivatives of others."""
+    for n in (128,) if quick else (128, 512, 2048):
+        for dtype in ("float64", "float32"):
+            note(f"finite network, n={n}, {dtype}")
+            one = _ONE_THREAD_FINITE.format(here=str(HERE), n=n, dtype=dtype, quick=quick)
+            done = subprocess.run([sys.executable, "-W", "ignore", "-c", one], env=os.environ | finite.ONE_THREAD,
+                                  check=True, stdout=subprocess.PIPE, text=True)  # fmt: skip
+            for rows in (finite.contest(n, dtype, quick, note), json.loads(done.stdout)):
+                report["finite"] += rows
+                _finite_targets(report, n, f"finite network, n = {n}, {dtype}, {rows[0]['clock']}",
+                                {row["name"]: row["over_ntkfast"][1] for row in rows})  # fmt: skip
+
+
+_ONE_THREAD_FINITE = """
+import json, sys, time
+sys.path.insert(0, {here!r})
+import finite
+print(json.dumps(finite.contest({n}, {dtype!r}, {quick}, lambda text: None, time.process_time)))
+"""
+
+
+def _finite_targets(report: Report, n: int, name: str, over: dict[str, float]) -> None:
+    if n == 2048:
+        add_target(report, f"{name}: NumPy's products over jacobian_gram", over["products"], 1 / 1.15, "", least=True)
+    if n == 128:
+        add_target(report, f"{name}: torch.func over empirical_ntk", over.get("torch.func"), 50.0, "", least=True)
+    else:
+        found = over.get("neural-tangents")
+        add_target(report, f"{name}: neural-tangents over empirical_ntk", found, 1.0, "", least=True)
+
+
 def slug(cpu: str) -> str:
     """A file name for a processor model."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", cpu.lower())).strip("-")
@@ -298,14 +332,14 @@ def main(argv: list[str]) -> int:
     begin = time.perf_counter()
     report: Report = {"machine": _bench.machine() | rivals.versions(), "targets": [], "gram": [], "depth": [],
                       "kernels": [], "tables": [], "builds": [], "rivals": [], "close": [], "process": {},
-                      "table": []}  # fmt: skip
+                      "table": [], "finite": []}  # fmt: skip
     measures = {"gram": measure_gram, "depth": measure_depth, "kernels": measure_kernels, "tables": measure_tables,
                 "rivals": measure_rivals, "close": measure_close, "process": measure_process,
-                "table": measure_table}  # fmt: skip
+                "table": measure_table, "finite": measure_finite}  # fmt: skip
     # The rivals come last: JAX and TensorFlow bring threads of their own.
     default = None if options.only or options.quick else HERE / "results" / f"{slug(report['machine']['cpu'])}.json"
     path = options.out or default
-    for section in sorted(options.only or SECTIONS, key=lambda name: name == "rivals"):
+    for section in sorted(options.only or SECTIONS, key=lambda name: name in ("rivals", "finite")):
         before = os.getloadavg()[0]
         measures[section](report, options.quick)
         report.setdefault("load", {})[section] = [round(before, 2), round(os.getloadavg()[0], 2)]

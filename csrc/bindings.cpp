@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <memory>
@@ -383,6 +384,38 @@ py::tuple dual(const PlanHolder& plan, int layer, const Doubles& a, const Double
     return py::make_tuple(w, d, side);
 }
 
+// out (n, m) (+)= sum over positions of p q; p, q (n positions_i, m positions_j), q may be None.
+void multiply_add(const py::array& out, const py::array& p, const py::object& q, std::int64_t positions_i,
+                  std::int64_t positions_j, bool first, const std::string& isa) {
+    const Matrix o = matrix_of(out, true), a = matrix_of(p, false);
+    require(positions_i > 0 && positions_j > 0 && (!q.is_none() || (positions_i == 1 && positions_j == 1)), "positions");
+    require(a.rows == o.rows * positions_i && a.cols == o.cols * positions_j && a.single == o.single,
+            "the products have the wrong shape");
+    ntk::MultiplyAdd m{o.data, o.stride, a.data, nullptr, a.stride, 0, o.rows, o.cols, positions_i, positions_j, first};
+    if (!q.is_none()) {
+        const Matrix b = matrix_of(py::cast<py::array>(q), false);
+        require(b.rows == a.rows && b.cols == a.cols && b.single == a.single, "the products differ in shape");
+        m.q = b.data, m.q_stride = b.stride;
+    }
+    const ntk::Kernels& k = kernels(isa);
+    py::gil_scoped_release release;
+    (o.single ? k.multiply_add32 : k.multiply_add64)(m);
+}
+
+// to (m, n) = from^T (n, m); if they are one square, what lies above its diagonal goes below it.
+void mirror(const py::array& from, const py::array& to) {
+    const Matrix f = matrix_of(from, false), t = matrix_of(to, true);
+    require(f.rows == t.cols && f.cols == t.rows && f.single == t.single, "the mirror has the wrong shape");
+    const bool below = f.data == t.data;
+    require(!below || (f.rows == f.cols && f.stride == t.stride), "only a square is its own mirror");
+    const ntk::Kernels& k = ntk::kernels();
+    py::gil_scoped_release release;
+    if (f.single)
+        k.mirror32(static_cast<const float*>(f.data), f.rows, f.cols, f.stride, static_cast<float*>(t.data), t.stride, below);
+    else
+        k.mirror64(static_cast<const double*>(f.data), f.rows, f.cols, f.stride, static_cast<double*>(t.data), t.stride, below);
+}
+
 std::vector<std::string> available() {
     std::vector<std::string> found;
     for (const char* isa : {"v4", "v3", "v2", "baseline"})
@@ -421,6 +454,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.def("scalar", &scalar, py::arg("name"), py::arg("x"), py::arg("isa") = "");
     m.def("dual", &dual, py::arg("plan"), py::arg("layer"), py::arg("a"), py::arg("b"), py::arg("x"), py::arg("s"),
           py::arg("isa") = "");
+    m.def("multiply_add", &multiply_add, py::arg("out"), py::arg("p"), py::arg("q"), py::arg("positions_i") = 1,
+          py::arg("positions_j") = 1, py::arg("first") = false, py::arg("isa") = "");
+    m.def("mirror", &mirror, py::arg("source"), py::arg("target"));
+    m.def("erf", py::vectorize([](double x) { return std::erf(x); }), py::arg("x"));
     m.def("isa", [] { return std::string(ntk::kernels().isa); });
     m.def("available", &available);
 #ifdef _OPENMP

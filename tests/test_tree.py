@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -90,6 +91,7 @@ PROBE = r"""
 #include "cpu/differences.h"
 #include "cpu/general.h"
 #include "cpu/homogeneous.h"
+#include "cpu/jacobian.h"
 namespace ntk {
 // The callers pass whole vectors only; the rest of a loop would hide what the loop itself became.
 template <class A>
@@ -121,6 +123,8 @@ LOOPS = (
     + ["expect_uniform", "hermite_terms<true, false>", "hermite_terms<false, false>"]
     + ["correlate<false>", "general_row<false>"]
     + [f"{name}<{T}>" for name in ("block_differences", "pair_difference") for T in ("double", "float")]
+    + [f"{name}<{T}>" for name in ("multiply_add_row", "multiply_add_positions", "add_row")
+       for T in ("double", "float")]
 )  # fmt: skip
 #: packed and scalar arithmetic of AVX; comparisons, blends and moves do not count
 PACKED = r"v(?:f[n]?m(?:add|sub)\d+|mul|add|sub|sqrt|div)p[sd]"
@@ -146,8 +150,11 @@ def scalar_loops(folder, isa, csrc=CSRC):
             c for c in re.findall(r"R_X86_64_(?:PLT32|GOTPCREL\w*)\s+(\w+)", body) if c not in ("memset", "memcpy")
         ]
         # Numbers of the layer and of the row are made once, by scalar instructions; so is the rest of a long row.
-        share = 0.0 if loop.startswith("pair_") else 0.5
-        if calls or packed < 4 or packed < share * scalar:
+        short = loop.startswith(("multiply_add", "add_row"))  # one or two operations, and the rest of a row
+        least, share = (
+            (1 + loop.startswith("multiply"), 0.0) if short else (4, 0.0 if loop.startswith("pair_") else 0.5)
+        )
+        if calls or packed < least or packed < share * scalar:
             poor[loop] = f"{packed} packed, {scalar} scalar, calls {calls}"
     return poor
 
@@ -172,6 +179,12 @@ SABOTAGE = {
         {"expect<false, Erf>", "expect<false, Gelu>"}),
     "a sum in order": (
         "cpu/differences.h", "#pragma omp simd reduction(+ : sum)\n    for", "    for", {"pair_difference<double>"}),
+    "an early exit beside the products": (
+        "cpu/jacobian.h", "out[j] += p[j] * q[j];",
+        "{\n            if (p[j] > T(1e30)) __builtin_trap();\n            out[j] += p[j] * q[j];\n        }",
+        {"multiply_add_row<double>", "multiply_add_row<float>"}),
+    "positions in order": (
+        "cpu/jacobian.h", "#pragma omp simd reduction(+ : sum)\n", "", {"multiply_add_positions<double>"}),
     "a series by a function": (
         "math/hermite.h", "t.before = 1.0 - t.e;", "t.before = __builtin_cos(t.e);", {"hermite_terms<true, false>"}),
     "a difference by a function": (
@@ -264,6 +277,8 @@ def test_one_version():
 def modules():
     yield "ntkfast"
     for found in pkgutil.walk_packages(nf.__path__, "ntkfast."):
+        if found.name == "ntkfast.torch" and not importlib.util.find_spec("torch"):
+            continue  # PyTorch is optional
         if not found.name.endswith(("_core", "__main__")):
             yield found.name
 

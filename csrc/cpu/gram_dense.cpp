@@ -7,6 +7,7 @@
 //   memory     under 3 MB a thread without layer_grams
 //   compiled   once per instruction set with NTK_ISA; nothing here may have external linkage but `table`
 #include "doors.h"
+#include "jacobian.h"
 #include "nodes.h"
 #include "patch.h"
 #include "product.h"
@@ -180,7 +181,11 @@ const Kernels table = {NTK_STRING(NTK_ISA),
                        rows,
                        scalar<double>,
                        scalar<float>,
-                       dual};
+                       dual,
+                       multiply_add<double>,
+                       multiply_add<float>,
+                       mirror<double>,
+                       mirror<float>};
 
 }  // namespace NTK_ISA
 }  // namespace ntk

@@ -91,6 +91,18 @@ struct Pairs {
     double theta, cov, mean, last;
 };
 
+// Jacobian inner products of one layer: out_ij (+)= sum over positions l, r of P_(il)(jr) Q_(il)(jr).
+struct MultiplyAdd {
+    void* out;                             // (rows, stride)
+    std::int64_t stride;
+    const void* p;                         // (rows positions_i, p_stride)
+    const void* q;                         // (rows positions_i, q_stride); null: all ones
+    std::int64_t p_stride, q_stride;
+    std::int64_t rows, cols;
+    std::int64_t positions_i, positions_j; // 1 without q
+    bool first;                            // out is set, not added to
+};
+
 // Element-wise functions of csrc/math for the tests.
 enum ScalarId { kTheta0, kTheta1, kTheta2, kArea0, kArea1, kArea2, kExpId, kExpm1Id };
 
@@ -120,6 +132,13 @@ struct Kernels {
     // PairNumbers of an activation for pairs of variances a, b
     bool (*dual)(const GeneralLayer&, const HermiteTable*, std::int64_t n, const double* a, const double* b,
                  const double* x, const double* s, double* w, double* d, double* side);
+    void (*multiply_add64)(const MultiplyAdd&);
+    void (*multiply_add32)(const MultiplyAdd&);
+    // to = from^T, (cols, rows); with `below` only what lies below the diagonal
+    void (*mirror64)(const double* from, std::int64_t rows, std::int64_t cols, std::int64_t from_stride, double* to,
+                     std::int64_t to_stride, bool below);
+    void (*mirror32)(const float* from, std::int64_t rows, std::int64_t cols, std::int64_t from_stride, float* to,
+                     std::int64_t to_stride, bool below);
 };
 
 // Inner products of rows, out[i, j] = <x_i, y_j>. Results may overwrite the rows: these are copied first.

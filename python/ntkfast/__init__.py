@@ -13,9 +13,13 @@ from typing import Any as _Any
 from ntkfast import _core
 from ntkfast._arrays import OutOfMemoryError
 from ntkfast.activation import Activation
+from ntkfast.empirical import WidthCheck, check_against_network, empirical_ntk
+from ntkfast.finite import FiniteNetwork, init
 from ntkfast.gram import diagonal, gram, layer_grams
+from ntkfast.jacobian import LayerFactors, jacobian_diagonal, jacobian_gram
 from ntkfast.layers import Bottleneck, Dense, Linear, Readout, Residual
 from ntkfast.network import Network, bottleneck_resnet, fixed_readout_resnet, fully_connected, resnet
+from ntkfast.third_order import third_order_kernel
 
 __version__ = "0.1.0"
 
@@ -23,18 +27,27 @@ __all__ = [
     "Activation",
     "Bottleneck",
     "Dense",
+    "FiniteNetwork",
+    "LayerFactors",
     "Linear",
     "Network",
     "OutOfMemoryError",
     "Readout",
     "Residual",
+    "WidthCheck",
     "bottleneck_resnet",
+    "check_against_network",
     "diagonal",
+    "empirical_ntk",
     "fixed_readout_resnet",
     "fully_connected",
     "gram",
+    "init",
+    "jacobian_diagonal",
+    "jacobian_gram",
     "layer_grams",
     "resnet",
+    "third_order_kernel",
 ]
 
 if hasattr(_os, "register_at_fork"):

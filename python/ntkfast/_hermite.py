@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkfast._derivatives import derivatives
 from ntkfast.activation import Activation
 
 Array = NDArray[np.float64]
@@ -22,25 +23,7 @@ REACH = 13.0
 
 
 def _function(activation: Activation) -> Any:
-    if activation.function is not None:
-        return activation.function
-    return {
-        "erf": _erf,
-        "gelu": lambda z: 0.5 * z * (1 + _erf(z / np.sqrt(2.0))),
-        "sin": np.sin,
-        "cos": np.cos,
-        "exp": np.exp,
-        "gaussian": lambda z: np.exp(-z * z),
-        "silu": lambda z: z / (1 + np.exp(-z)),
-        "softplus": lambda z: np.logaddexp(0.0, z),
-        "tanh": np.tanh,
-    }[activation.name]
-
-
-def _erf(z: Array) -> Array:
-    from math import erf
-
-    return np.asarray(np.vectorize(erf, otypes=[np.float64])(z))
+    return derivatives(activation).value
 
 
 def _at_zero(activation: Activation) -> float:
