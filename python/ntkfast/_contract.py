@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkfast import _core
-from ntkfast._tiles import SIDE, Tile, _direct, Progress, product, tiles
+from ntkfast._tiles import SIDE, Progress, Tile, _direct, product, tiles
 
 Array = NDArray[Any]
 
