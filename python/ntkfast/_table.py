@@ -38,8 +38,8 @@ class Costs:
 
 
 CPU = Costs(1.0, 12.0, 1.0, 1.0)
-#: By operations, not measured. A layer is about 40 fused multiply-adds (csrc/math/layer.h), a look-up as many loads from
-#: shared memory as 1.5 layers take; a GPU does all that a hundred times as fast as a CPU does its layers.
+#: By operations, not measured. A layer is about 40 fused multiply-adds (csrc/math/layer.h), a look-up about as many
+#: loads from shared memory as 1.5 layers take; a GPU does all that a hundred times as fast as a CPU does its layers.
 GPU = Costs(0.01, 0.12, 0.01, 0.025)
 #: Nanoseconds to make a table, and what a layer adds to that, in units of its cost on a CPU (nodes); always on the CPU.
 _BUILD, _NODES = 3e6, 4e3

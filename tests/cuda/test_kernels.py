@@ -195,7 +195,7 @@ def test_table_of_more_close_pairs_than_the_list_holds(table, dtype, d):
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_tables_of_both_lengths_side_by_side(table, dtype):
-    """Against the recursion, too: within what tables may have (csrc/table_compiler.cpp), 1.2e-14 and 8e-7 of max |f|."""
+    """Against the recursion: within 1.2e-14 (8e-7) of max |f|, the worst a table may have (csrc/table_compiler.cpp)."""
     net, x = nf.Network([DENSE("abs")] * 60), points(50, 4, dtype)
     tables = Problem(net, x, None, None, None).path([mix_of(net, kind) for kind in KINDS]).tables
     assert len({len(t.arrays()[0]) for t in tables}) == 2

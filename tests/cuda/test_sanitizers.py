@@ -31,17 +31,21 @@ def hard_points(dtype):
 
 
 def cases():
-    """(network, its points) such that every kernel, evaluator and way to a correlation is reached."""
+    """(network, its points, path) such that every kernel, evaluator and way to a correlation is reached."""
     import ntkfast as nf
 
     for dtype in (np.float64, np.float32):
         x = hard_points(dtype)
         ordinary = np.delete(x, 35, axis=0)
-        yield nf.resnet(3, "relu"), x
-        yield nf.fully_connected(2, "relu", bias_variance=0.5), ordinary
-        yield nf.fully_connected(2, "gelu"), ordinary
-        yield nf.fully_connected(2, "erf"), ordinary
-        yield nf.fixed_readout_resnet(4), ordinary
+        unit = (ordinary / np.maximum(np.linalg.norm(ordinary, axis=1, keepdims=True), 1e-3)).astype(dtype)
+        yield nf.resnet(3, "relu"), x, "recursion"
+        yield nf.fully_connected(2, "relu", bias_variance=0.5), ordinary, "recursion"
+        yield nf.fully_connected(2, "gelu"), ordinary, "recursion"
+        yield nf.fully_connected(2, "erf"), ordinary, "recursion"
+        yield nf.fixed_readout_resnet(4), ordinary, "recursion"
+        yield nf.resnet(3, "relu"), x, "table"
+        yield nf.Network([nf.Dense("abs")] * 60), ordinary, "table"  # tables of both lengths
+        yield nf.fully_connected(2, "erf", bias_variance=0.5), np.delete(unit, 9, axis=0), "table"
 
 
 def close_to(value, wanted, net, scale=None):
@@ -58,11 +62,11 @@ def compare(cupy, net, x):
     """The public functions on host arrays and two devices, on device arrays, on a strided one, against the CPU."""
     import ntkfast as nf
 
-    both = ("ntk", "nngp")
-    wanted = nf.gram(net, x, get=both)
-    streamed = nf.gram(net, x, get=both, device=["cuda:0", "cuda:1"])
-    resident = nf.gram(net, cupy.asarray(x), get=both)
-    for k in range(2):
+    kinds = ("ntk", "nngp", "last_hidden")
+    wanted = nf.gram(net, x, get=kinds)
+    streamed = nf.gram(net, x, get=kinds, device=["cuda:0", "cuda:1"])
+    resident = nf.gram(net, cupy.asarray(x), get=kinds)
+    for k in range(3):
         close_to(streamed[k], wanted[k], net)
         close_to(resident[k].get(), wanted[k], net)
     strided = cupy.asarray(np.repeat(x, 2, axis=1))[:, ::2]
@@ -85,12 +89,16 @@ def run_everything(seed):
         # the sanitizers look into kernels, whose order is the same with the second
         for lazy in (True, False) if simulate.mode() == "plain" else (True,):
             cupy = fake_cupy.install(patch, devices=2, lazy=lazy, seed=seed)
-            for net, x in cases():
+            for net, x, path in cases():
+                patch.setenv("NTKFAST_PATH", path)
+                cupy.launched.clear()
                 compare(cupy, net, x)
+                assert any(name.startswith("gram_table") for name in cupy.launched) == (path == "table")
+                launched += cupy.launched
+            launched.append("layout")
             compiler.load("layout").get_function("layout")((1,), (1,), (cupy.empty(64, np.int64),))
             cupy.cuda.Device().synchronize()
             assert cupy.used == [0, 0], "device memory is not given back"
-            launched += cupy.launched
     return launched
 
 

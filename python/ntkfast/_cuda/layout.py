@@ -57,7 +57,8 @@ SQUARE = {"gram_dense": 32, "gram_general": 16, "gram_table": 32, "layer_grams":
 #: bytes of dynamic shared memory
 SHARED = {
     ("gram_dense", "f64"): 8456, ("gram_dense", "f32"): 8456, ("gram_general", "f64"): 15624,
-    ("gram_general", "f32"): 15624, ("gram_table", "f64"): 15032, ("gram_table", "f32"): 11560, ("layer_grams", "f64"): 15624, ("layer_grams", "f32"): 15624,
+    ("gram_general", "f32"): 15624, ("gram_table", "f64"): 15032, ("gram_table", "f32"): 11560,
+    ("layer_grams", "f64"): 15624, ("layer_grams", "f32"): 15624,
 }  # fmt: skip
 
 
