@@ -7,6 +7,7 @@ undefined behaviour, and of threads.
 from __future__ import annotations
 
 import math
+import re
 
 import fake_cupy
 import numpy as np
@@ -15,6 +16,7 @@ import simulate
 from conftest import assert_close, tolerance
 
 import ntkfast as nf
+from ntkfast._cuda import gram as gpu_gram
 from ntkfast._cuda import layout
 from ntkfast._plan import mix_of
 from ntkfast._problem import Problem
@@ -150,6 +152,23 @@ def test_more_close_pairs_than_the_list_holds(gpu, net, dtype, d):
     assert_close(found, nf.layer_grams(net, x), scale, tolerance(net, dtype))
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("path", ["table", "recursion"])
+def test_tiles_of_strided_arrays_on_the_device(gpu, monkeypatch, path, dtype):
+    """Tiles of and off the diagonal, into the middle of a matrix whose other entries stay; one row is very long."""
+    monkeypatch.setenv("NTKFAST_PATH", path)
+    monkeypatch.setattr(gpu_gram, "RESIDENT", 32)
+    net, x = nf.resnet(3), points(70, 7, dtype)
+    x[35] *= 1e12 if dtype == np.float32 else 1e130
+    whole = gpu.array(np.full((80, 99), 7, dtype))
+    nf.gram(net, gpu.array(np.repeat(x, 2, axis=1))[:, ::2], out=whole[4:74, 5:75])
+    found = whole.get()
+    root = np.sqrt(nf.diagonal(net, x).astype(float))
+    assert_close(found[4:74, 5:75], nf.gram(net, x), np.multiply.outer(root, root), tolerance(net, dtype))
+    found[4:74, 5:75] = 7
+    assert (found == 7).all()
+
+
 # The table path
 
 
@@ -259,12 +278,28 @@ def test_the_host_packs_the_structs_of_the_kernels():
     assert sizes.tolist() == wanted + [-1] * (40 - len(wanted))
 
 
+SOURCES = sorted((simulate.CSRC / "cuda").glob("*.cu"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report():
+    """What ran, for test_sanitizers."""
+    yield
+    if simulate.mode() != "plain":
+        print("kernels:", *sorted(simulate.LAUNCHED))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(simulate.mode() != "plain", reason="this test starts the other modes")
 @pytest.mark.parametrize("mode", ["address", "thread"])
 def test_sanitizers(mode):
+    """Everything above again; every kernel that there is must have run, with nothing to report."""
     if simulate.missing(mode):
         pytest.skip(simulate.missing(mode))
+    simulate.build_all(SOURCES, mode)
     done = simulate.python(mode, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", __file__, timeout=1500)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert " passed" in done.stdout
+    assert not any(word in done.stderr for word in ("ERROR", "data race", "runtime error"))
+    (line,) = re.findall("^.*kernels: (.*)$", done.stdout, re.M)
+    assert set(line.split()) == {name for path in SOURCES for name in simulate.compile_library(path, mode)[1]}
