@@ -34,6 +34,7 @@ template <class T>
 __device__ __forceinline__ double warp_difference(const T* a, const T* b, double ai, double bi, i64 dim) {
     const int lane = int(threadIdx.x) % 32;
     double sum = 0.0;
+#pragma unroll 2  // no more: its registers are those of the whole kernel
     for (i64 k = lane; k < dim; k += 32) {
         const double diff = double(a[k]) * ai - double(b[k]) * bi;
         sum = fma_(diff, diff, sum);
@@ -63,6 +64,7 @@ __device__ __forceinline__ void block_differences(const Job& job, const Block<SI
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) sum[p] = 0.0;
     for (i64 start = 0; start < job.dim; start += kSlab) {
+#pragma unroll 1  // as above
         for (int at = int(threadIdx.x); at < SIDE * kSlab; at += b.threads) {
             const int r = at / kSlab, k = at % kSlab;
             const bool feature = start + k < job.dim;
@@ -108,7 +110,7 @@ __device__ __forceinline__ void correlations(const Job& job, const Block<SIDE, P
             start = start_pair(products[i * job.stride + b.j0 + b.col], T(job.i.inv[i]), inv_j);
             if (start.x < limit && b.wanted(r, b.col)) slot[p] = 1, ++found;
         }
-        state[p] = {wide(start.x), start.s, wide(T(0))};
+        state[p] = {{start.x}, start.s, {T(0)}};
         s[p] = start.s;
     }
     int first = found ? atomicAdd(&count, found) : 0;

@@ -44,7 +44,7 @@ __device__ __forceinline__ void homogeneous_block(const DevicePlan& plan, bool w
         if (want_last && h == plan.n_prefix - 1) {
 #pragma unroll
             for (int p = 0; p < PAIRS; ++p) {
-                PairState<T> before{wide(state[p].x.hi), state[p].s, wide(T(0))};
+                PairState<T> before{{state[p].x.hi}, state[p].s, {T(0)}};
                 last[p] = layers[h].w_all * homogeneous_step<true, 0, false>(before, layers[h].numbers).own_w;
             }
         }

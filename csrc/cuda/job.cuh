@@ -4,6 +4,7 @@
 #include "../math/hermite.h"
 #include "../math/layer.h"
 #include "../math/pair.h"
+#include "../math/table.h"
 
 namespace ntk {
 
@@ -42,6 +43,7 @@ struct Output {
     const double *fi, *fj;   // (rows,), (cols,)
     const double *hi, *hj;   // (rows,), (cols,)
     const double* diagonal;  // (rows,) exact values where i and j are one point, or null
+    const void* table;       // TablePanels<T> of the sum in brackets for gram_table, else null
 };
 
 // All slices of layer_grams.

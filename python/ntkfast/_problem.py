@@ -14,7 +14,7 @@ from ntkfast._cuda.device import find_place
 from ntkfast._cuda.gram import Backend
 from ntkfast._gemm import fuses
 from ntkfast._plan import Compiled, Mix, compile_network
-from ntkfast._table import Path, choose
+from ntkfast._table import CPU, GPU, Path, choose
 from ntkfast._tiles import Job, Tile, run
 from ntkfast.network import Network
 
@@ -67,11 +67,10 @@ class Problem:
 
     def path(self, mixes: Sequence[Mix]) -> Path:
         """Table or recursion."""
-        if self.gpu is not None:
-            return Path(None, "GPU")
         n, m = self.shape
         pairs = 0.5 * n * (n + 1) if self.symmetric else float(n) * m
-        return choose(self.net, self.compiled, mixes, self._norms, self.dtype, pairs)
+        costs = CPU if self.gpu is None else GPU
+        return choose(self.net, self.compiled, mixes, self._norms, self.dtype, pairs, costs)
 
     def nanoseconds(self, path: Path) -> float:
         """Rough time of one pair on all threads, for the length of a call (not for promises)."""

@@ -23,11 +23,26 @@ Vector = NDArray[np.float64]
 
 #: Norms that differ by less than this many eps of the dtype are one norm: rows divided by their norm once.
 _EQUAL = 8.0
-#: Rough nanoseconds (they only choose the shorter path): a pair and layer of the prefix and of the suffix, what a pair
-#: costs apart from its layers, a pair through a table, making a table, and what each layer adds to making it (nodes).
-_PREFIX, _SUFFIX, _PAIR, _LOOKUP, _BUILD, _NODES = 1.0, 12.0, 1.0, 1.0, 3e6, 4e3
 #: Tables kept: about 5 kB each.
 _KEPT = 256
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Rough nanoseconds of a pair; they only choose the shorter path."""
+
+    prefix: float  #: a layer of the prefix
+    suffix: float  #: a layer of the suffix
+    pair: float  #: apart from the layers
+    lookup: float  #: all of it, by a table
+
+
+CPU = Costs(1.0, 12.0, 1.0, 1.0)
+#: By operations, not measured. A layer is about 40 fused multiply-adds (csrc/math/layer.h), a look-up about as many
+#: loads from shared memory as 1.5 layers take; a GPU does all that a hundred times as fast as a CPU does its layers.
+GPU = Costs(0.01, 0.12, 0.01, 0.025)
+#: Nanoseconds to make a table, and what a layer adds to that, in units of its cost on a CPU (nodes); always on the CPU.
+_BUILD, _NODES = 3e6, 4e3
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,13 @@ def _table(net: Network, mix: Mix, dtype: np.dtype[Any], norm: float) -> Any:
 
 
 def choose(
-    net: Network, compiled: Compiled, mixes: Sequence[Mix], norms: Sequence[Vector], dtype: np.dtype[Any], pairs: float
+    net: Network,
+    compiled: Compiled,
+    mixes: Sequence[Mix],
+    norms: Sequence[Vector],
+    dtype: np.dtype[Any],
+    pairs: float,
+    costs: Costs = CPU,
 ) -> Path:
     """The path of a call with `pairs` distinct pairs; it depends on the call alone, not on what was computed before."""
     forced = _forced()
@@ -74,9 +95,12 @@ def choose(
     norm = _common_norm(compiled, norms, dtype)
     if norm is None:
         return Path(None, "biases or activations that are not positively homogeneous, and points of different norm")
-    layers = _PREFIX * compiled.layers + _SUFFIX * compiled.suffix_layers
-    saved = pairs * (layers + _PAIR - _LOOKUP)
-    if saved < _BUILD + _NODES * layers and not forced:
+
+    def layers(c: Costs) -> float:
+        return c.prefix * compiled.layers + c.suffix * compiled.suffix_layers
+
+    saved = pairs * (layers(costs) + costs.pair - costs.lookup)
+    if saved < _BUILD + _NODES * layers(CPU) and not forced:
         return Path(None, f"{pairs:,.0f} pairs are done before a table is made")
     tables = tuple(_table(net, mix, dtype, norm) for mix in mixes)
     if not all(table.reached for table in tables):

@@ -123,8 +123,8 @@ def gram(
     if problem.gpu is not None:
         exact = problem.symmetric and normalize
         problem.gpu.run(problem, outs, [
-            Output(mix.as_list(), f, g, h, k, diagonal if exact else None)
-            for mix, (f, h, diagonal), (g, k, _) in zip(mixes, left, right, strict=True)
+            Output(mix.as_list(), f, g, h, k, diagonal if exact else None, table)
+            for mix, (f, h, diagonal), (g, k, _), table in zip(mixes, left, right, tables, strict=True)
         ], None, progress)  # fmt: skip
         return _results(problem, outs, out, get, kinds)
 

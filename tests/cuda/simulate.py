@@ -49,6 +49,8 @@ RUNTIME = {
     "thread": ("libtsan.so", {"TSAN_OPTIONS": "halt_on_error=1:exitcode=99:ignore_noninstrumented_modules=1"}),
 }  # fmt: skip
 FOUND = 99
+#: names of the kernels that ran in this process
+LAUNCHED: set[str] = set()
 #: default limit of dynamic shared memory; a kernel may be allowed up to 227 KiB
 SHARED_BYTES = 48 * 1024
 
@@ -127,6 +129,7 @@ class Library:
             message = self._handle.sim_error().decode()
         if failed:
             raise SimulationError(f"{kernel}: {message}")
+        LAUNCHED.add(kernel)
 
 
 def _three(size: Any) -> Any:

@@ -15,6 +15,8 @@ from conftest import assert_close, tolerance
 import ntkfast as nf
 from ntkfast._cuda import CudaUnavailable
 from ntkfast._cuda import gram as gpu_gram
+from ntkfast._plan import mix_of
+from ntkfast._problem import Problem
 
 pytestmark = pytest.mark.skipif(simulate.missing(simulate.mode()) is not None, reason="the simulator cannot run here")
 
@@ -301,5 +303,51 @@ def test_checks_of_values_on_the_device(gpu):
         nf.gram(NET, gpu.array(np.zeros((2, 2, 2))))
 
 
-def test_plan_names_the_device(gpu):
-    assert "cuda:0" in NET.plan(gpu.array(X))
+# The path
+
+
+@pytest.fixture(params=["table", "recursion"])
+def path(request, monkeypatch):
+    """Kernels that ran, on a path that the user chose."""
+    monkeypatch.setenv("NTKFAST_PATH", request.param)
+    return request.param
+
+
+def test_the_path_of_the_user(gpu, small_tiles, path):
+    """The same results, on the host and on the device, and the diagonal of the same path."""
+    x = gpu.array(X)
+    text = NET.plan(x)
+    assert "on cuda:0; products by cuBLAS" in text
+    assert text.startswith("table: 3 layers" if path == "table" else "recursion on correlations")
+    check(nf.gram(NET, x).get(), NET, X)
+    check(nf.gram(NET, X, Y, device="cuda", get="nngp"), NET, X, Y, get="nngp")
+    found = nf.gram(NET, x, get=("last_hidden", "ntk"), normalize=True)
+    assert np.array_equal(np.diag(found.ntk.get()), np.ones(len(X)))
+    name = "gram_table_f64" if path == "table" else "gram_dense_f64"
+    assert {k for k in gpu.launched if k.startswith("gram_")} == {name}
+    assert np.array_equal(nf.diagonal(NET, x).get(), np.diag(nf.gram(NET, x).get()))
+
+
+def test_where_there_is_no_table(gpu, monkeypatch):
+    """Biases and points of different norm: the recursion, whatever was asked for, and the reason in words."""
+    monkeypatch.setenv("NTKFAST_PATH", "table")
+    check(nf.gram(BIASED, X, device="cuda"), BIASED, X)
+    assert "gram_table_f64" not in gpu.launched
+    assert "no table: biases" in BIASED.plan(gpu.array(X))
+    monkeypatch.setenv("NTKFAST_PATH", "tables")
+    with pytest.raises(ValueError, match="use table or recursion"):
+        nf.gram(NET, X, device="cuda")
+
+
+def test_the_path_follows_the_number_of_pairs(gpu, monkeypatch):
+    """A device is so fast that making a table pays for more pairs than on the CPU, and never for one layer."""
+    monkeypatch.delenv("NTKFAST_PATH", raising=False)
+
+    def table(net, n, device):
+        problem = Problem(net, np.ones((n, 1)), None, None, device)
+        return problem.path([mix_of(net, "ntk")]).tables is not None
+
+    deep, shallow = nf.fully_connected(20), nf.fully_connected(1)
+    assert [table(deep, n, "cuda") for n in (10, 3000, 10000)] == [False, False, True]
+    assert [table(deep, n, None) for n in (10, 3000, 10000)] == [False, True, True]
+    assert not table(shallow, 100000, "cuda")

@@ -20,13 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
 
 #: Registers of a thread, on any architecture. 65536 registers of a multiprocessor hold two blocks of 256 threads with
-#: 128 each. Upper bounds, not what one version of NVRTC gives; nothing may spill. Left to itself NVRTC 13 spills for
-#: sm_100 and sm_120 in order to hold more blocks: say how many are enough, __launch_bounds__(256, 2).
+#: 128 each, three with 80. Upper bounds, not what one version of NVRTC gives; nothing may spill. Left to itself NVRTC
+#: 13 spills for sm_100 and sm_120 in order to hold more blocks: say how many are enough, __launch_bounds__(256, 2).
 REGISTERS = {
     "gram_dense_f32": 128,
     "gram_dense_f64": 128,
     "gram_general_f32": 128,
     "gram_general_f64": 128,
+    "gram_table_f32": 80,
+    "gram_table_f64": 80,
     "layer_grams_f32": 128,
     "layer_grams_f64": 128,
     "layout": 32,

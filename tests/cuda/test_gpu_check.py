@@ -32,7 +32,15 @@ def check():
 def test_dry_run(check, capsys):
     assert check.main(["--dry-run", "--n", "1000"]) == 0
     text = capsys.readouterr().out
-    for part in ("gram_dense, gram_general, layer_grams", "n = 1000, d = 784", "resnet(10), float64", "racecheck"):
+    for part in (
+        "gram_dense, gram_general, gram_table, layer_grams",
+        "n = 1000, d = 784",
+        "resnet(10), float64, table",
+        "fully_connected(10), float32, recursion",
+        "gram over the cuBLAS product alone <= 1.25",
+        "share of the copy bandwidth >= 0.6",
+        "racecheck",
+    ):
         assert part in text
 
 
@@ -57,7 +65,22 @@ def test_operations_of_the_layers(check):
 )
 def test_targets(check, value, verdict):
     report = {"cases": [], "baseline": [] if value is None else [{"over_ours": value}]}
-    assert [t["verdict"] for t in check.targets(report)] == ["not measured", verdict]
+    assert [t["verdict"] for t in check.targets(report)] == ["not measured"] * 3 + [verdict]
+
+
+def test_targets_look_at_the_slowest_table(check):
+    def row(path, over, copied, dtype="float64", name="fully_connected(10)"):
+        shares = {"over_product": over, "of_copy": copied, "of_fma": 0.6}
+        return {"path": path, "dtype": dtype, "case": name} | shares
+
+    def verdicts(*rows):
+        return [t["verdict"] for t in check.targets({"cases": rows, "baseline": []})][:3]
+
+    good, others = row("table", 1.2, 0.7), [row("table", 9, 0, "float32"), row("recursion", 9, 0)]
+    assert verdicts(good, *others) == ["PASS"] * 3
+    assert verdicts(good, row("table", 1.3, 0.7), *others) == ["FAIL", "PASS", "PASS"]
+    assert verdicts(good, row("table", 1.2, 0.5), *others) == ["PASS", "FAIL", "PASS"]
+    assert verdicts(good, row("table", np.nan, np.nan)) == ["FAIL", "FAIL", "not measured"]
 
 
 @pytest.fixture
@@ -94,10 +117,23 @@ def test_everything_but_tests_and_sanitizer(check, gpu, tmp_path, monkeypatch):
     first = report["cases"][0]
     assert first["GB/s"] == pytest.approx(2e-6 * 80 * 80 * 8 / 2.0)
     assert first["of_copy"] == pytest.approx(1)
-    assert first["GFLOP/s"] == pytest.approx(1e-6 * 80 * 81 / 2 * 3 * (2 * 32 + 20) / 2.0)
+    assert [row["path"] for row in report["cases"]] == [case.path for case in check.cases(80, 9)]
+    assert "GFLOP/s" not in first
+    deep = next(r for r in report["cases"] if r["path"] == "recursion")
+    counted = check.operations([0, 0, 0, 1, 1, 1, 1, 1, 2, 2], "float64")
+    assert deep["GFLOP/s"] == pytest.approx(1e-6 * 80 * 81 / 2 * counted / 2.0)
+    assert [t["verdict"] for t in report["targets"]][:2] == ["PASS", "PASS"]
     assert report["limits"]["float64"]["product"]["GFLOP/s"] == pytest.approx(2e-6 * 80 * 80 * 9 / 2.0)
     assert report["streaming"][0]["ms"] > 0
-    assert report["targets"][1]["verdict"] == "not measured"
+    assert report["targets"][3]["verdict"] == "not measured"
+
+
+def test_a_case_on_another_path_is_an_error(check, gpu, monkeypatch):
+    monkeypatch.setenv("NTKFAST_PATH", "")
+    case = check.Case("biases", nf.fully_connected(2, bias_variance=0.1), 40, 5)
+    with pytest.raises(RuntimeError, match="ran by gram_general, not by its table"):
+        check.measure(gpu, case, 1, {"product": {"ms": 1.0}, "copy": {"GB/s": 1.0}})
+    assert check.os.environ["NTKFAST_PATH"] == ""
 
 
 def test_a_wrong_answer_is_not_timed(check, gpu, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ undefined behaviour, and of threads.
 from __future__ import annotations
 
 import math
+import re
 
 import fake_cupy
 import numpy as np
@@ -15,7 +16,10 @@ import simulate
 from conftest import assert_close, tolerance
 
 import ntkfast as nf
+from ntkfast._cuda import gram as gpu_gram
 from ntkfast._cuda import layout
+from ntkfast._plan import mix_of
+from ntkfast._problem import Problem
 
 pytestmark = pytest.mark.skipif(simulate.missing(simulate.mode()) is not None, reason="the simulator cannot run here")
 
@@ -148,6 +152,82 @@ def test_more_close_pairs_than_the_list_holds(gpu, net, dtype, d):
     assert_close(found, nf.layer_grams(net, x), scale, tolerance(net, dtype))
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("path", ["table", "recursion"])
+def test_tiles_of_strided_arrays_on_the_device(gpu, monkeypatch, path, dtype):
+    """Tiles of and off the diagonal, into the middle of a matrix whose other entries stay; one row is very long."""
+    monkeypatch.setenv("NTKFAST_PATH", path)
+    monkeypatch.setattr(gpu_gram, "RESIDENT", 32)
+    net, x = nf.resnet(3), points(70, 7, dtype)
+    x[35] *= 1e12 if dtype == np.float32 else 1e130
+    whole = gpu.array(np.full((80, 99), 7, dtype))
+    nf.gram(net, gpu.array(np.repeat(x, 2, axis=1))[:, ::2], out=whole[4:74, 5:75])
+    found = whole.get()
+    root = np.sqrt(nf.diagonal(net, x).astype(float))
+    assert_close(found[4:74, 5:75], nf.gram(net, x), np.multiply.outer(root, root), tolerance(net, dtype))
+    found[4:74, 5:75] = 7
+    assert (found == 7).all()
+
+
+# The table path
+
+
+@pytest.fixture
+def table(gpu, monkeypatch):
+    """Compiled kernels on both sides; nothing else may run."""
+    monkeypatch.setenv("NTKFAST_PATH", "table")
+    yield gpu
+    assert {name[:10] for name in gpu.launched if name.startswith("gram_")} == {"gram_table"}
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("name", HOMOGENEOUS)
+def test_table(table, name, dtype):
+    compare(HOMOGENEOUS[name], points(37, 9, dtype), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize(("n", "m", "d"), [(33, 70, 3), (1, 17, 40), (16, 1, 1)])
+def test_table_of_two_sets(table, dtype, n, m, d):
+    x, y = points(40, d, dtype)[:n], points(75, d, dtype, seed=3)[:m]
+    compare(HOMOGENEOUS["negative skip"], x, y, dtype)
+    compare(HOMOGENEOUS["readout with bias"], x, y, dtype, normalize=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("name", ["all biases", "mixed", "erf", "tanh", "softplus"])
+def test_table_of_rows_of_one_norm(table, name, dtype):
+    """Any layers; n is no multiple of the square."""
+    net = GENERAL[name]
+    x = points(45, 6, dtype, unit=True)
+    compare(net, x, dtype=dtype, normalize=True)
+    compare(net, x[:7], x, dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("d", [1, 35])
+def test_table_of_more_close_pairs_than_the_list_holds(table, dtype, d):
+    x, net = clustered(45, d, dtype), nf.fully_connected(3)
+    compare(net, x, dtype=dtype)
+    compare(net, x[:20], x[20:], dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_tables_of_both_lengths_side_by_side(table, dtype):
+    """Against the recursion: within 1.2e-14 (8e-7) of max |f|, the worst a table may have (csrc/table_compiler.cpp)."""
+    net, x = nf.Network([DENSE("abs")] * 60), points(50, 4, dtype)
+    tables = Problem(net, x, None, None, None).path([mix_of(net, kind) for kind in KINDS]).tables
+    assert len({len(t.arrays()[0]) for t in tables}) == 2
+    found = nf.gram(net, x, get=KINDS, device="cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NTKFAST_PATH", "recursion")
+        wanted = nf.gram(net, x, get=KINDS)
+    bound = (1.2e-14 if dtype == np.float64 else 8e-7) + tolerance(net, dtype)
+    for kind, a, b in zip(KINDS, found, wanted, strict=True):
+        d = nf.diagonal(net, x, get=kind).astype(float)
+        assert_close(a, b, np.sqrt(np.outer(d, d)), bound)
+
+
 def test_close_pairs_do_not_come_from_products(gpu):
     """An angle of 1e-7 from an inner product would be off by a tenth, and so would 1 - K of depth 1."""
     x = np.array([[1.0, 0.0], [1.0, 1e-7], [-1.0, 2e-7]])
@@ -189,20 +269,37 @@ def test_norms_see_what_is_not_finite(gpu, bad):
 
 
 def test_the_host_packs_the_structs_of_the_kernels():
-    sizes = np.zeros(11, np.int64)
+    sizes = np.full(40, -1)
     simulate.build("csrc/cuda/layout.cu").launch("layout", 1, 1, [sizes])
-    records = layout.JOB, layout.prefix_layer(np.float64), layout.prefix_layer(np.float32), layout.GENERAL_LAYER
-    wanted = [r.itemsize for r in (*records, layout.HERMITE_TABLE)]
+    dtypes = np.float64, np.float32
+    records = [layout.JOB, *map(layout.prefix_layer, dtypes), layout.GENERAL_LAYER, layout.HERMITE_TABLE]
+    wanted = [r.itemsize for r in (*records, *map(layout.table_panels, dtypes))]
     wanted += [layout.SHARED[module, dtype] for module in layout.SQUARE for dtype in ("f64", "f32")]
-    assert sizes.tolist() == wanted
+    assert sizes.tolist() == wanted + [-1] * (40 - len(wanted))
+
+
+SOURCES = sorted((simulate.CSRC / "cuda").glob("*.cu"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report():
+    """What ran, for test_sanitizers."""
+    yield
+    if simulate.mode() != "plain":
+        print("kernels:", *sorted(simulate.LAUNCHED))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(simulate.mode() != "plain", reason="this test starts the other modes")
 @pytest.mark.parametrize("mode", ["address", "thread"])
 def test_sanitizers(mode):
+    """Everything above again; every kernel that there is must have run, with nothing to report."""
     if simulate.missing(mode):
         pytest.skip(simulate.missing(mode))
+    simulate.build_all(SOURCES, mode)
     done = simulate.python(mode, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", __file__, timeout=1500)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert " passed" in done.stdout
+    assert not any(word in done.stderr for word in ("ERROR", "data race", "runtime error"))
+    (line,) = re.findall("^.*kernels: (.*)$", done.stdout, re.M)
+    assert set(line.split()) == {name for path in SOURCES for name in simulate.compile_library(path, mode)[1]}

@@ -34,6 +34,15 @@ NETWORKS = {
     "outer biases": nf.Network([nf.Bottleneck("relu", scale=0.5, bias_variance=0.1, outer_bias_variance=0.2)] * 2),
     "mixed": nf.Network([nf.Dense("relu"), nf.Dense("gelu"), nf.Residual("sin", scale=0.5)]),
 } | {name: nf.resnet(3, nf.Activation(name)) for name in ("erf", "gelu", "sin", "cos", "gaussian", "softplus", "silu")}
+
+
+@pytest.fixture(params=["table", "recursion"], autouse=True)
+def path(request, monkeypatch):
+    """Every test on both paths: networks and points without a table take the recursion."""
+    monkeypatch.setenv("NTKFAST_PATH", request.param)
+    return request.param
+
+
 DTYPES = pytest.mark.parametrize("dtype", [np.float64, np.float32])
 
 
@@ -98,6 +107,22 @@ def test_all_pairs_close(dtype):
     x = (x * rng.choice([-1.0, 1.0], size=(400, 1))).astype(dtype)
     for net in (NET, NETWORKS["biases"]):
         check(nf.gram(net, x, device="cuda"), net, x)
+
+
+def test_the_path(path):
+    x = cupy.asarray(points(40, 5))
+    assert NET.plan(x).startswith(path)
+    assert "on cuda:0" in NET.plan(x)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["biases", "mixed", "erf", "softplus"])
+def test_rows_of_one_norm(name, dtype):
+    """Any network has a table here."""
+    net, x = NETWORKS[name], points(333, 50)
+    x = (x[np.any(x, axis=1)] / np.linalg.norm(x[np.any(x, axis=1)], axis=1, keepdims=True)).astype(dtype)
+    check(nf.gram(net, x, device="cuda"), net, x)
+    check(nf.gram(net, x[:100], x, device="cuda", get="nngp"), net, x[:100], x, get="nngp")
 
 
 def test_streams_that_are_not_the_default():

@@ -34,7 +34,10 @@ _BLOCKS = 2048
 
 @dataclass(frozen=True)
 class Output:
-    """One result: K_ij = (mix) f_i g_j + h_i k_j; `diagonal`: exact values of K_ii, or None."""
+    """One result: K_ij = (mix) f_i g_j + h_i k_j, mix by its table (ntkfast._core.Table) if it has one.
+
+    All outputs of a run have tables, or none has. `diagonal`: exact values of K_ii, or None.
+    """
 
     mix: list[float]
     f: Vector  #: (n,)
@@ -42,6 +45,7 @@ class Output:
     h: Vector  #: (n,)
     k: Vector  #: (m,)
     diagonal: Vector | None = None
+    table: Any = None
 
 
 @dataclass(frozen=True)
@@ -202,9 +206,8 @@ class Worker:
 
     def __init__(self, gpu: Gpu, problem: Any, outputs: Sequence[Output], slices: Slices | None) -> None:
         self.gpu, self.dtype, self.slices = gpu, problem.dtype, slices
-        self.plan = layout.DevicePlan(problem.compiled.core.arguments, problem.dtype, gpu.upload)
+        self.tables = [gpu.upload(layout.pack_table(o.table, self.dtype)) for o in outputs if o.table is not None]
         self.record = np.zeros((), layout.JOB)
-        self.record["plan"] = self.plan.record
         self.record["close"], self.record["dim"] = problem.close, problem.x.rows.shape[1]
         self.record["n_outputs"] = len(outputs)
         self.record["want_last"] = any(out.mix[3] != 0.0 for out in outputs)
@@ -217,7 +220,13 @@ class Worker:
             | ({} if o.diagonal is None else {"diagonal": upload(o.diagonal)})
             for o in outputs
         ]
-        self.module = "gram_general" if self.plan.suffix_layers else "gram_dense"
+        self.module = "gram_table"
+        if not self.tables:
+            self.plan = layout.DevicePlan(problem.compiled.core.arguments, problem.dtype, gpu.upload)
+            self.record["plan"] = self.plan.record
+            self.module = "gram_general" if self.plan.suffix_layers else "gram_dense"
+        for k, table in enumerate(self.tables):
+            self.record["outputs"][k]["table"] = table.data.ptr
         if slices is not None:
             self.module = "layer_grams"
             self.slice_factors = {"fi": upload(slices.f), "fj": upload(slices.g)}

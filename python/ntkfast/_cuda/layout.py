@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 #: in the order of csrc/cuda/layout.cu, whose numbers the tests compare
-NAMES = ("Job", "PrefixLayer64", "PrefixLayer32", "GeneralLayer", "HermiteTable")
+NAMES = ("Job", "PrefixLayer64", "PrefixLayer32", "GeneralLayer", "HermiteTable", "TablePanels64", "TablePanels32")
 _P, _I, _D = np.uint64, np.int64, np.float64
 
 
@@ -28,9 +28,19 @@ HERMITE_TABLE = _struct(
     evens=np.int32, odds=np.int32, panels=np.int32, order=np.int32, edges=_P, coefficients=_P, even_defect=_P,
     even_derivative=_P, odd_defect=_P, odd_derivative=_P, even_sum=_D, odd_sum=_D, mean=_D,
 )  # fmt: skip
+
+
+def table_panels(dtype: Any) -> np.dtype[Any]:
+    """TablePanels<T>."""
+    terms, panels = (6, 32) if np.dtype(dtype) == np.float32 else (15, 16)
+    return _struct(c=(dtype, (terms, panels)), centre=(dtype, panels), panel=(np.uint8, 128), delta=dtype,
+                   shift=np.int32, terms=np.int32)  # fmt: skip
+
+
 PLAN = _struct(prefix=_P, suffix=_P, tables=_P, nu=_D, beta=_D, n_prefix=np.int32, n_suffix=np.int32)
 SIDE = _struct(x=_P, stride=_I, inv=_P, norm=_P)
-OUTPUT = _struct(data=_P, mirror=_P, stride=_I, mirror_stride=_I, mix=(_D, 4), fi=_P, fj=_P, hi=_P, hj=_P, diagonal=_P)
+OUTPUT = _struct(data=_P, mirror=_P, stride=_I, mirror_stride=_I, mix=(_D, 4), fi=_P, fj=_P, hi=_P, hj=_P, diagonal=_P,
+                 table=_P)  # fmt: skip
 SLICES = _struct(
     data=_P, mirror=_P, stride=_I, mirror_stride=_I, slice_stride=_I, mirror_slice_stride=_I, fi=_P, fj=_P,
     readout_cov=_D, readout_const=_D, own=_P, own_suffix=_P, readout=_I,
@@ -43,17 +53,27 @@ JOB = _struct(
 
 #: Pairs of a block are SQUARE x SQUARE, its threads THREADS; scratch of a block of layer_grams for every layer.
 THREADS = 256
-SQUARE = {"gram_dense": 32, "gram_general": 16, "layer_grams": 16}
+SQUARE = {"gram_dense": 32, "gram_general": 16, "gram_table": 32, "layer_grams": 16}
 #: bytes of dynamic shared memory
 SHARED = {
     ("gram_dense", "f64"): 8456, ("gram_dense", "f32"): 8456, ("gram_general", "f64"): 15624,
-    ("gram_general", "f32"): 15624, ("layer_grams", "f64"): 15624, ("layer_grams", "f32"): 15624,
+    ("gram_general", "f32"): 15624, ("gram_table", "f64"): 15032, ("gram_table", "f32"): 11560,
+    ("layer_grams", "f64"): 15624, ("layer_grams", "f32"): 15624,
 }  # fmt: skip
 
 
 def suffix_of(dtype: Any) -> str:
     """The end of the names of kernels of that dtype."""
     return "f32" if np.dtype(dtype) == np.float32 else "f64"
+
+
+def pack_table(table: Any, dtype: Any) -> NDArray[np.uint8]:
+    """The bytes of a compiled kernel (ntkfast._core.Table)."""
+    c, centre, panel, delta, shift = table.arrays()
+    record = np.zeros(1, table_panels(dtype))
+    record["c"][0, : len(c)], record["terms"] = c, len(c)
+    record["centre"], record["panel"], record["delta"], record["shift"] = centre, panel, delta, shift
+    return record.view(np.uint8)
 
 
 class DevicePlan:
