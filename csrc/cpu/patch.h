@@ -300,23 +300,38 @@ void block(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, in
     layer_results(plan, t, i0, j0, rows, cols, s, results);
 }
 
-// A patch of up to kPatch x kCols pairs, in blocks of most_rows; below the diagonal of a tile nothing is computed.
+// Where a patch is: its first pair, its pairs, and the column of the first row's own point (INT64_MIN: no such tile).
+struct PatchPlace {
+    std::int64_t i0, j0;
+    int rows, cols;
+    std::int64_t below;
+};
+NTK_INLINE PatchPlace patch_place(const Tile& t, std::int64_t i0, std::int64_t j0) {
+    return {i0, j0, t.rows - i0 < kPatch ? int(t.rows - i0) : kPatch, t.cols - j0 < kCols ? int(t.cols - j0) : kCols,
+            t.diagonal == INT64_MIN ? INT64_MIN : i0 - t.diagonal - j0};
+}
+
+// The results of a patch, in blocks of most_rows; below the diagonal of a tile nothing is computed. Slices are written.
+template <class T>
+void patch_results(const Plan& plan, const Tile& t, const PatchPlace& p, bool upper, Worker<T>& w) {
+    for (int i = 0; i < p.rows; i += w.most_rows) {
+        // table_row writes whole 64 pairs.
+        const std::int64_t first = upper && p.below + i > 0 ? (p.below + i) / 64 * 64 : 0;
+        if (first >= p.cols) break;
+        const int size = p.rows - i < w.most_rows ? p.rows - i : w.most_rows;
+        block<T>(plan, t, p.i0 + i, p.j0 + first, size, p.cols - int(first), w, w.results.data + i * kCols + first);
+    }
+}
+
+// From inner products to results in memory.
 template <class T>
 void patch(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, bool upper, Worker<T>& w) {
-    T* results = w.results.data;
-    const int rows = t.rows - i0 < kPatch ? int(t.rows - i0) : kPatch, cols = t.cols - j0 < kCols ? int(t.cols - j0) : kCols;
-    const std::int64_t below = t.diagonal == INT64_MIN ? INT64_MIN : i0 - t.diagonal - j0;
-    for (int i = 0; i < rows; i += w.most_rows) {
-        // table_row writes whole 64 pairs.
-        const std::int64_t first = upper && below + i > 0 ? (below + i) / 64 * 64 : 0;
-        if (first >= cols) break;
-        const int size = rows - i < w.most_rows ? rows - i : w.most_rows;
-        block<T>(plan, t, i0 + i, j0 + first, size, cols - int(first), w, results + i * kCols + first);
-    }
+    const PatchPlace p = patch_place(t, i0, j0);
+    patch_results(plan, t, p, upper, w);
     for (int o = 0; o < t.n_outputs && !t.slices.data; ++o) {
         const Output& out = t.outputs[o];
         T* mirror = out.mirror ? static_cast<T*>(out.mirror) + j0 * out.mirror_stride + i0 : nullptr;
-        write_patch(results + o * kPatch * kCols, rows, cols, below, static_cast<T*>(out.data) + i0 * out.stride + j0,
+        write_patch(w.results.data + o * kPatch * kCols, p.rows, p.cols, p.below, static_cast<T*>(out.data) + i0 * out.stride + j0,
                     out.stride, mirror, out.mirror_stride, t.stream, w.scratch.data->turned);
     }
 }

@@ -15,6 +15,7 @@ from ntkfast._arrays import OutOfMemoryError
 from ntkfast.activation import Activation
 from ntkfast.gram import diagonal, gram, layer_grams
 from ntkfast.layers import Bottleneck, Dense, Linear, Readout, Residual
+from ntkfast.matmul import KernelOperator, gram_matmul
 from ntkfast.network import Network, bottleneck_resnet, fixed_readout_resnet, fully_connected, resnet
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "Activation",
     "Bottleneck",
     "Dense",
+    "KernelOperator",
     "Linear",
     "Network",
     "OutOfMemoryError",
@@ -33,6 +35,7 @@ __all__ = [
     "fixed_readout_resnet",
     "fully_connected",
     "gram",
+    "gram_matmul",
     "layer_grams",
     "resnet",
 ]
@@ -44,7 +47,7 @@ if hasattr(_os, "register_at_fork"):
 def __getattr__(name: str) -> _Any:
     # The definition is imported on use: it is not needed to compute.
     if name == "reference":
-        import importlib
+        importlib
 
         return importlib.import_module("ntkfast.reference")
     raise AttributeError(f"module 'ntkfast' has no attribute {name!r}")
