@@ -47,7 +47,7 @@ if hasattr(_os, "register_at_fork"):
 def __getattr__(name: str) -> _Any:
     # The definition is imported on use: it is not needed to compute.
     if name == "reference":
-        importlib
+        import importlib
 
         return importlib.import_module("ntkfast.reference")
     raise AttributeError(f"module 'ntkfast' has no attribute {name!r}")
