@@ -7,6 +7,7 @@ depth     gram at depth 1 to 1000 against NumPy's product, all in the same turns
 kernels   the compiled recursion alone, one core, data in cache
 tables    compiled tables alone, and making them, one core
 rivals    the same kernel by NumPy, numba and neural-tangents, as far as they are installed
+products  gram in one pass, by the BLAS, and NumPy's products, shape by shape: what ntkfast._gemm decides by
 close     what close pairs cost
 finite    tangent kernels of a finite network by NumPy, torch.func and neural-tangents
 process   import time, size of the wheel, memory beyond inputs and result
@@ -32,12 +33,13 @@ from typing import Any
 import cases
 import finite
 import numpy as np
+import products
 import rivals
 
 from ntkfast import _bench, _bench_kernels, _bench_text
 
 HERE = Path(__file__).resolve().parent
-SECTIONS = ("gram", "depth", "kernels", "tables", "rivals", "close", "process", "table", "finite")
+SECTIONS = ("gram", "depth", "kernels", "tables", "rivals", "products", "close", "process", "table", "finite")
 Report = dict[str, Any]
 #: Rivals are judged by their own accuracy; this only makes sure that they compute the same kernel.
 RIVAL_TOLERANCE = {"float64": 1e-6, "float32": 1e-2}
@@ -208,6 +210,13 @@ def measure_rivals(report: Report, quick: bool) -> None:
             add_target(report, name, best, limit, "", least=True)
 
 
+def measure_products(report: Report, quick: bool) -> None:
+    """Both routes of gram at many shapes, and K V without K."""
+    report["products"] = products.measure(quick, note, report["one_thread"])
+    for name, measured, limit, unit, least in products.targets(report["products"]):
+        add_target(report, name, measured, limit, unit, least=least)
+
+
 def measure_close(report: Report, quick: bool) -> None:
     """Extra time of close pairs in units of NumPy's product of the same dtype."""
     for dtype in ("float64", "float32"):
@@ -320,6 +329,13 @@ def slug(cpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", cpu.lower())).strip("-")
 
 
+def dump(report: Report) -> str:
+    """JSON; the many rows of `products` on one line each."""
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in report["products"])
+    text = json.dumps(report | {"products": []}, indent=1) + "\n"
+    return text.replace('"products": []', f'"products": [\n{rows}\n ]') if rows else text
+
+
 def main(argv: list[str]) -> int:
     """Run the sections and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -327,15 +343,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, to try the script; nothing is written without --out"
     )
+    parser.add_argument("--one-thread", action="store_true",
+                        help="products: only the settings with one thread, by CPU time, on a busy machine")  # fmt: skip
     parser.add_argument("--out", metavar="FILE")
     options = parser.parse_args(argv)
     begin = time.perf_counter()
     report: Report = {"machine": _bench.machine() | rivals.versions(), "targets": [], "gram": [], "depth": [],
-                      "kernels": [], "tables": [], "builds": [], "rivals": [], "close": [], "process": {},
-                      "table": [], "finite": []}  # fmt: skip
+                      "kernels": [], "tables": [], "builds": [], "rivals": [], "products": [], "close": [],
+                      "process": {}, "table": [], "finite": []}  # fmt: skip
+    report["one_thread"] = options.one_thread
     measures = {"gram": measure_gram, "depth": measure_depth, "kernels": measure_kernels, "tables": measure_tables,
-                "rivals": measure_rivals, "close": measure_close, "process": measure_process,
-                "table": measure_table, "finite": measure_finite}  # fmt: skip
+                "rivals": measure_rivals, "products": measure_products, "close": measure_close,
+                "process": measure_process, "table": measure_table, "finite": measure_finite}  # fmt: skip
     # The rivals come last: JAX and TensorFlow bring threads of their own.
     default = None if options.only or options.quick else HERE / "results" / f"{slug(report['machine']['cpu'])}.json"
     path = options.out or default
@@ -344,7 +363,7 @@ def main(argv: list[str]) -> int:
         measures[section](report, options.quick)
         report.setdefault("load", {})[section] = [round(before, 2), round(os.getloadavg()[0], 2)]
         if path:  # after every section: an interrupted run leaves what it has
-            Path(path).write_text(json.dumps(report, indent=1) + "\n")
+            Path(path).write_text(dump(report))
     for target in report["targets"]:
         value = "-" if target["measured"] is None else f"{target['measured']:.3g}"
         print(f"{target['verdict']:12}  {value:>8}  {target['limit']:32}  {target['target']}")

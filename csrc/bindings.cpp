@@ -187,7 +187,7 @@ void* mirror_of(const py::handle& item, const Matrix& data, std::int64_t& stride
 }
 
 // Owns the outputs of an ntk::Tile. i, j: tuples (rows, inv, norm); outputs: tuples (data, mirror, (theta, cov, mean, last),
-// fi, fj, hi, hj, Table or None), tables for all outputs or for none; slices: None or (data (P, n, m), mirror (P, m, n) or
+// fi, fj, hi, hj, Table or None), tables for all outputs or for none; data is None where K V is wanted; slices: None or (data (P, n, m), mirror (P, m, n) or
 // None, fi, fj, readout, readout_cov, readout_const)
 struct TileParts {
     ntk::Tile tile{};
@@ -211,14 +211,21 @@ struct TileParts {
         tile.stream = double(rows) * double(stride) * (single ? 4 : 8) > ntk::kStreamBytes;
     }
 
+    bool written() const {
+        for (const ntk::Output& out : outs) if (!out.data) return false;
+        return true;
+    }
+
    private:
     void add_output(const py::tuple& o, bool single) {
-        const Matrix data = matrix_of(py::cast<py::array>(o[0]), true);
-        require(data.rows == tile.rows && data.cols == tile.cols && data.single == single, "an output has the wrong shape");
         const auto mix = py::cast<std::array<double, 4>>(o[2]);
         ntk::Output out{};
-        out.data = data.data, out.stride = data.stride;
-        out.mirror = mirror_of(o[1], data, out.mirror_stride);
+        if (!o[0].is_none()) {
+            const Matrix data = matrix_of(py::cast<py::array>(o[0]), true);
+            require(data.rows == tile.rows && data.cols == tile.cols && data.single == single, "an output has the wrong shape");
+            out.data = data.data, out.stride = data.stride;
+            out.mirror = mirror_of(o[1], data, out.mirror_stride);
+        }
         out.theta = mix[0], out.cov = mix[1], out.mean = mix[2], out.last = mix[3];
         out.fi = vector_of(py::cast<Doubles>(o[3]), tile.rows), out.fj = vector_of(py::cast<Doubles>(o[4]), tile.cols);
         out.hi = vector_of(py::cast<Doubles>(o[5]), tile.rows), out.hj = vector_of(py::cast<Doubles>(o[6]), tile.cols);
@@ -256,6 +263,7 @@ void tile(const PlanHolder& plan, const py::array& products, const py::tuple& i,
           double close, const py::list& outputs, const py::object& slices) {
     const Matrix k0 = matrix_of(products, false);
     TileParts parts(k0.rows, k0.cols, k0.single, i, j, diagonal, close, outputs, slices);
+    require(parts.written(), "an output is missing");
     parts.tile.products = k0.data, parts.tile.stride = k0.stride;
     const ntk::Kernels& k = ntk::kernels();
     py::gil_scoped_release release;
@@ -281,17 +289,40 @@ class PackedHolder {
     std::unique_ptr<void, void (*)(void*)> memory_{nullptr, std::free};
 };
 
+// matmul: (V of the columns, sums of the rows, V of the rows or None, sums of the columns or None), float64 (columns of V, n)
+ntk::Matmul matmul_of(const py::tuple& t, const ntk::Tile& tile) {
+    const auto matrix = [&](int k, std::int64_t n, bool write) {
+        const Matrix m = matrix_of(py::cast<py::array>(t[k]), write);
+        require(!m.single && m.cols == n && m.rows > 0, "columns of a product need float64 and the length of the tile");
+        return m;
+    };
+    const Matrix vj = matrix(0, tile.cols, false), sums_i = matrix(1, tile.rows, true);
+    require(vj.rows == sums_i.rows && t[2].is_none() == t[3].is_none(), "columns and sums differ in number");
+    ntk::Matmul m{vj.rows, nullptr, static_cast<const double*>(vj.data), static_cast<double*>(sums_i.data), nullptr, vj.stride,
+                  sums_i.stride};
+    if (t[2].is_none()) return m;
+    const Matrix vi = matrix(2, tile.rows, false), sums_j = matrix(3, tile.cols, true);
+    require(vi.rows == vj.rows && sums_j.rows == vj.rows && vi.stride == vj.stride && sums_j.stride == sums_i.stride &&
+                (tile.diagonal == INT64_MIN || (tile.diagonal == 0 && tile.rows == tile.cols)), "no such mirror image");
+    m.vi = static_cast<const double*>(vi.data), m.sums_j = static_cast<double*>(sums_j.data);
+    return m;
+}
+
 // As tile, for rows i0 .. and j0 .. of packed sides; the numbers of rows are those of i and j.
 void fused(const PlanHolder& plan, const PackedHolder& x, std::int64_t i0, const PackedHolder& y, std::int64_t j0, bool wide,
            const py::tuple& i, const py::tuple& j, const py::object& diagonal, double close, const py::list& outputs,
-           const py::object& slices) {
+           const py::object& slices, const py::object& matmul) {
     const std::int64_t rows = py::cast<Doubles>(i[1]).size(), cols = py::cast<Doubles>(j[1]).size();
     require(x.single == y.single && x.rows.d == y.rows.d, "the sides differ in dtype or length of rows");
     require(i0 >= 0 && j0 >= 0 && i0 % ntk::kPanelUnit == 0 && j0 % ntk::kPanelUnit == 0 && i0 + rows <= x.rows.n &&
                 j0 + cols <= y.rows.n, "no such tile");
     const TileParts parts(rows, cols, x.single, i, j, diagonal, close, outputs, slices);
     require(parts.tile.dim == x.rows.d, "points and packed rows differ in length");
-    ntk::FusedTile f{x.rows, y.rows, i0, j0, parts.tile};
+    ntk::FusedTile f{x.rows, y.rows, i0, j0, parts.tile, {}};
+    if (!matmul.is_none()) {
+        require(parts.tile.n_outputs == 1 && !parts.tile.slices.data && !parts.outs[0].data, "a product takes one kind, not written");
+        f.matmul = matmul_of(py::cast<py::tuple>(matmul), parts.tile);
+    } else require(parts.written(), "an output is missing");
     f.tile.wide = wide && x.single;
     const ntk::Kernels& k = ntk::kernels();
     py::gil_scoped_release release;
@@ -444,7 +475,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     py::class_<PackedHolder>(m, "Packed").def(py::init<const py::array&>(), py::arg("x"));
     m.attr("PANEL") = ntk::kPanelUnit;
     m.def("fused", &fused, py::arg("plan"), py::arg("x"), py::arg("i0"), py::arg("y"), py::arg("j0"), py::arg("wide"), py::arg("i"),
-          py::arg("j"), py::arg("diagonal"), py::arg("close"), py::arg("outputs"), py::arg("slices"));
+          py::arg("j"), py::arg("diagonal"), py::arg("close"), py::arg("outputs"), py::arg("slices"), py::arg("matmul") = py::none());
     m.def("pairs", &pairs, py::arg("plan"), py::arg("x"), py::arg("s"), py::arg("norm_i"), py::arg("norm_j"), py::arg("mix"),
           py::arg("single") = false, py::arg("isa") = "");
     m.def("squares", &squares, py::arg("x"));

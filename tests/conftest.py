@@ -77,6 +77,13 @@ def isa(request):
     return request.param
 
 
+@pytest.fixture(params=["blas", "fused"])
+def route(request, monkeypatch):
+    """Inner products by NumPy's BLAS, and in one pass with the kernels."""
+    monkeypatch.setenv("NTKFAST_GEMM", request.param)
+    return request.param
+
+
 @pytest.fixture
 def fresh_python(tmp_path):
     """Run code in a new interpreter with changed environment variables; its standard output comes back."""

@@ -145,6 +145,7 @@ def test_free_networks(name):
     compare(FREE[name], X, Y)
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("name", ["recursion", "signs", "biases", "erf"])
 @pytest.mark.parametrize("n", [1, 2, 31, 33, 127, 129, 130, 200])
 def test_sizes(name, n):
@@ -156,6 +157,7 @@ def test_sizes(name, n):
             assert_close(K, reference.gram(net, X, Y), scales(net, X, Y, "ntk"), tolerance(net, dtype))
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("d", [1, 2, 15, 17, 64, 65, 300])
 def test_features(d):
     # one feature leaves only parallel and opposite rows, whose angles the reference rounds
@@ -165,6 +167,7 @@ def test_features(d):
     assert_close(K, reference.gram(net, X), scales(net, X, None, "ntk"), 1e-7 if d == 1 else tolerance(net, np.float64))
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("side", [33, 64])
 @pytest.mark.parametrize("name", PATHS)
 def test_tiles(name, side, monkeypatch):
@@ -180,6 +183,7 @@ def test_tiles(name, side, monkeypatch):
     assert_close(slices.sum(axis=0), nf.gram(net, X), scales(net, X, None, "ntk"), tolerance(net, np.float64))
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("call", [1e-9, 3e-5])
 @pytest.mark.parametrize("name", ["recursion", "signs", "biases"])
 def test_short_calls(name, call, monkeypatch):
@@ -192,6 +196,7 @@ def test_short_calls(name, call, monkeypatch):
     np.testing.assert_array_equal(nf.layer_grams(net, X), slices)
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["recursion", "biases"])
 def test_more_than_one_real_tile(name):
@@ -205,6 +210,7 @@ def test_more_than_one_real_tile(name):
     assert_close(K[rows], wanted, scales(net, X[rows], X, "ntk"), tolerance(net, np.float64))
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("name", FREE)
 def test_layer_grams(name):
     net, X, Y = FREE[name], points(35, 6, 7), points(20, 6, 8)
@@ -244,6 +250,7 @@ def test_a_slice_of_a_frozen_layer_is_absent_and_the_others_stay():
         assert_close(slice_, full[name], full[name].max(), 1e-14)
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("name", [*FREE, *PATHS])
 def test_symmetric_result(name):
     net = (FREE | PATHS)[name]
@@ -264,6 +271,7 @@ def test_symmetric_result(name):
             assert np.abs(unit).max() <= 1 + bound
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("name", PATHS)
 def test_gram_with_itself_as_other_set(name):
     # Equal rows are found by their difference, which is exactly 0: no trace of sqrt(eps).
@@ -302,6 +310,7 @@ def test_kernel_of_a_support_vector_machine():
     np.testing.assert_allclose(model.decision_function(X[40:]), wanted, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.usefixtures("route")
 def test_tuples():
     net, X = nf.resnet(3), points(8, 4, 16)
     got = nf.gram(net, X, get=("nngp", "ntk"))
@@ -323,6 +332,7 @@ def test_homogeneity(name):
     assert_close(nf.gram(net, factors[:, None] * X, normalize=True), nf.gram(net, X, normalize=True), 1.0, 1e-14)
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("exponent", [-1000, -500, 500, 1000])
 def test_norms_near_the_ends_of_the_range(exponent):
     net, X = nf.resnet(3), points(10, 5, 18)
@@ -335,6 +345,7 @@ def test_norms_near_the_ends_of_the_range(exponent):
         np.testing.assert_array_equal(nf.gram(net, Z), np.ldexp(nf.gram(net, X), 2 * exponent))
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("name", ["gelu", "erf", "softplus"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_zero_rows(name, dtype):
@@ -389,6 +400,7 @@ def outputs(shape, dtype, folder):
     yield Sink(shape, dtype), None
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("name", ["recursion", "biases"])
 def test_out(name, dtype, tmp_path, monkeypatch):
@@ -411,6 +423,7 @@ def test_out(name, dtype, tmp_path, monkeypatch):
                     assert (frame == 7).sum() == frame.size - wanted.size + (wanted == 7).sum()
 
 
+@pytest.mark.usefixtures("route")
 def test_out_of_a_tuple(tmp_path):
     net, X = nf.resnet(3), points(40, 4, 23)
     wanted = nf.gram(net, X, get=KINDS)
@@ -506,6 +519,7 @@ def layouts(X):
     yield "field of records", record["row"]
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("name", ["recursion", "biases"])
 def test_layouts(name):
     net, X, Y = PATHS[name], points(40, 6, 27), points(21, 6, 28)
@@ -704,6 +718,8 @@ print([bool((nf.gram(net, X) == K).all()) for net, K in zip(nets, wanted)])
     "[nf.layer_grams(nf.resnet(150), X[:1200], out=out) for _ in range(50)]",
     "nf.gram(nf.resnet(500), X[:, :1], np.ones((9000, 1)))",
     "nf.gram(nf.resnet(2), wide)",
+    "nf.gram_matmul(nf.resnet(300, 'erf'), X, X)",
+    "nf.gram_matmul(nf.resnet(2), wide, wide[:, :600])",
 ])  # fmt: skip
 def test_interrupt(call):
     code = f"""
@@ -786,6 +802,10 @@ MEMORY_CASES = {
                 "nf.gram(nf.resnet(20), X, out=out)", 3000 * 50 * 8),
     "deep slices": ("X = np.random.default_rng(0).standard_normal((100, 5)); out = np.full((2001, 100, 100), 1.0)",
                     "nf.layer_grams(nf.resnet(2000, 'erf'), X, out=out)", 100 * 5 * 8),
+    "product": ("X = np.random.default_rng(0).standard_normal((12000, 50)); V = np.ones((12000, 10))",
+                "nf.gram_matmul(nf.resnet(3), X, V)", 12000 * (50 + 4 * 10) * 8),
+    "product with many columns": ("X = np.random.default_rng(0).standard_normal((3000, 5)); V = np.ones((3000, 600))",
+                                  "nf.gram_matmul(nf.resnet(3), X, V)", 3000 * (5 + 4 * 600) * 8),
     "diagonal": ("X = np.random.default_rng(0).standard_normal((200000, 5))",
                  "nf.diagonal(nf.fully_connected(5, 'gelu'), X)", 200000 * 5 * 8 * 2),
 }  # fmt: skip

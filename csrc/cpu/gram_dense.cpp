@@ -1,13 +1,15 @@
 // Gram matrices of dense networks: a tile of inner products becomes kernels, patch by patch (patch.h), in place if wanted.
 //
 //   tile       the products are there, in memory
-//   fused      the products are made on the way (product.h), a few hundred rows and columns at a time
+//   fused      the products are made on the way (product.h), a few hundred rows and columns at a time; the results are
+//              written or multiplied with columns (matmul.h)
 //
-//   parallel   one patch of 128 x 128 pairs a thread, or the tile of a product; no state outside it
+//   parallel   one patch of kPatch x kCols pairs a thread, or the tile of a product; no state outside it
 //   memory     under 3 MB a thread without layer_grams
 //   compiled   once per instruction set with NTK_ISA; nothing here may have external linkage but `table`
 #include "doors.h"
 #include "jacobian.h"
+#include "matmul.h"
 #include "nodes.h"
 #include "patch.h"
 #include "product.h"
@@ -54,17 +56,40 @@ bool tile(const Plan& plan, const Tile& t) {
 
 constexpr int kMostOutputs = 4;
 
+// What fused does with a patch: it writes the results, or adds their product with columns of V.
+template <class T>
+struct WritePatches {
+    WritePatches(const Tile&, const Matmul&) {}
+    bool ready() const { return true; }
+    void operator()(const Plan& plan, const Tile& t, Index, Index, Index i, Index j, bool upper, Worker<T>& w) {
+        patch<T>(plan, t, i, j, upper, w);
+    }
+};
+template <class T>
+struct MultiplyPatches {
+    TimesColumns<T> times;
+    MultiplyPatches(const Tile& t, const Matmul& m) : times(t, m) {}
+    bool ready() const { return times.ready(); }
+    void operator()(const Plan& plan, const Tile& t, Index i0, Index j0, Index i, Index j, bool upper, Worker<T>& w) {
+        const PatchPlace p = patch_place(t, i, j);
+        patch_results(plan, t, p, upper, w);
+        times(w.results.data, i0 + i, j0 + j, p.rows, p.cols, p.below);
+    }
+};
+
 // One thread of fused: what becomes of a tile of products in the cache.
-template <class A, class T>
+template <class A, class T, class Finish>
 struct FusedWork {
     const Plan& plan;
     const Tile& whole;
     bool upper;
     Worker<T> worker;
+    Finish finish;
     Output outputs[kMostOutputs];
 
-    FusedWork(const Plan& p, const Tile& t) : plan(p), whole(t), upper(upper_only(t)), worker(p, t.n_outputs, t.slices.data) {}
-    bool ready() const { return worker.ready(); }
+    FusedWork(const Plan& p, const FusedTile& f, bool half)
+        : plan(p), whole(f.tile), upper(half), worker(p, whole.n_outputs, whole.slices.data), finish(whole, f.matmul) {}
+    bool ready() const { return worker.ready() && finish.ready(); }
 
     template <class O>
     static void move(O& out, Index i0, Index j0) {
@@ -92,7 +117,7 @@ struct FusedWork {
         const bool triangle = upper && t.diagonal != INT64_MIN;
         for (Index i = 0; i < p.rows; i += kPatch) {
             const Index start = triangle && i - t.diagonal > 0 ? i - t.diagonal : 0;
-            for (Index j = start; j < p.cols; j += kCols) patch<T>(plan, t, i, j, triangle, worker);
+            for (Index j = start; j < p.cols; j += kCols) finish(plan, t, p.i0, p.j0, i, j, triangle, worker);
         }
     }
 };
@@ -105,16 +130,22 @@ int most_threads() {
 #endif
 }
 
-template <class A, class T>
+template <class A, class T, class Finish>
 bool fused_as(const Plan& plan, const FusedTile& f) {
     const Tile& t = f.tile;
     const Panels<T> x{f.x.n, f.x.d, static_cast<const T*>(f.x.panels)}, y{f.y.n, f.y.d, static_cast<const T*>(f.y.panels)};
-    const Grid grid = grid_of<A>(t.rows, t.cols, upper_only(t) && t.diagonal == 0 && t.rows == t.cols, most_threads());
-    return for_each_tile<A>(x.from(f.i0), y.from(f.j0), grid, 0, grid.count(), [&] { return FusedWork<A, T>(plan, t); });
+    const bool upper = f.matmul.columns ? f.matmul.sums_j && t.diagonal != INT64_MIN : upper_only(t);
+    const Grid grid = grid_of<A>(t.rows, t.cols, upper && t.diagonal == 0 && t.rows == t.cols, most_threads());
+    return for_each_tile<A>(x.from(f.i0), y.from(f.j0), grid, 0, grid.count(),
+                            [&] { return FusedWork<A, T, Finish>(plan, f, upper); });
 }
-bool fused64(const Plan& plan, const FusedTile& f) { return fused_as<double, double>(plan, f); }
+template <class A, class T>
+bool fused_into(const Plan& plan, const FusedTile& f) {
+    return f.matmul.columns ? fused_as<A, T, MultiplyPatches<T>>(plan, f) : fused_as<A, T, WritePatches<T>>(plan, f);
+}
+bool fused64(const Plan& plan, const FusedTile& f) { return fused_into<double, double>(plan, f); }
 bool fused32(const Plan& plan, const FusedTile& f) {
-    return f.tile.wide ? fused_as<double, float>(plan, f) : fused_as<float, float>(plan, f);
+    return f.tile.wide ? fused_into<double, float>(plan, f) : fused_into<float, float>(plan, f);
 }
 
 template <class T>

@@ -75,11 +75,21 @@ struct PackedRows {
 };
 constexpr std::int64_t kPanelUnit = 48;  // a tile of packed rows begins at a multiple of this
 
+// K V of one tile K, added to sums, instead of K. All arrays (columns, stride), columns of V one after the other.
+struct Matmul {
+    std::int64_t columns;  // 0: K is written
+    const double *vi, *vj; // V of the rows and of the columns of the tile; vi only where there is sums_j
+    double *sums_i;        // += K V
+    double *sums_j;        // += K^T V, of a tile of the diagonal without what is in sums_i; null: the mirror image is not wanted
+    std::int64_t v_stride, sums_stride;
+};
+
 // A tile whose inner products are made on the way: rows i0 .. of x and j0 .. of y, both multiples of kPanelUnit.
 struct FusedTile {
     PackedRows x, y;
     std::int64_t i0, j0;
-    Tile tile;  // without products; wide: float32 rows are added up in float64
+    Tile tile;      // without products; wide: float32 rows are added up in float64
+    Matmul matmul;  // then there is one output, without data
 };
 
 // Pairs one by one: the diagonal, and the door of the tests.

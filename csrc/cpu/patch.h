@@ -36,35 +36,47 @@ int hermite_terms_of(const Plan& plan) {
 
 constexpr int kAhead = 8;  // rows
 
-// x = 1 - |rho| and the sign of rho from the inner products, which are P; the pairs beyond rows x cols become (x, s) =
-// (0, 1). Returns the least x of the block, the diagonal apart.
+// Inverse norms of the columns of a block, zeros behind.
+template <class P>
+struct Inverses {
+    P of[kCols];
+    Inverses(const Tile& t, std::int64_t j0, int cols) {
+        for (int j = 0; j < kCols; ++j) of[j] = j < cols ? P(t.j.inv[j0 + j]) : P(0);
+    }
+};
+
+// x = 1 - |rho| and the sign of rho of one row of a block from the inner products, which are P; the pairs beyond cols become
+// (x, s) = (0, 1). Returns the least x of the row, the diagonal apart.
+template <class P, class T>
+NTK_INLINE T correlate_row(const Tile& t, std::int64_t i, std::int64_t j0, int cols, const P* inv, T* x, T* s) {
+    const P* row = static_cast<const P*>(t.products) + i * t.stride + j0;
+    const P scale = P(t.i.inv[i]);
+    // The rows of a patch are far apart; the processor does not foresee the next one.
+    if (i + kAhead < t.rows)
+        for (int j = 0; j < cols; j += 64 / int(sizeof(P))) __builtin_prefetch(row + kAhead * t.stride + j, 1);
+    const std::int64_t own = t.diagonal == INT64_MIN ? -1 : i - t.diagonal - j0;
+    T lowest = T(1);
+#pragma omp simd reduction(min : lowest)
+    for (int j = 0; j < cols; ++j) {
+        const Start<P> p = start_pair(row[j], scale, inv[j]);
+        x[j] = T(p.x);
+        s[j] = T(p.s);
+        lowest = x[j] < lowest ? x[j] : lowest;
+    }
+    for (int j = cols; j < kCols; ++j) x[j] = T(0), s[j] = T(1);
+    if (own >= 0 && own < cols) {
+        x[own] = T(0), s[own] = T(1), lowest = T(1);
+        for (int j = 0; j < cols; ++j) lowest = j != own && x[j] < lowest ? x[j] : lowest;
+    }
+    return lowest;
+}
+// All rows of a block; the pairs beyond them become (0, 1), too. Returns the least x.
 template <class P, class T>
 T correlations(const Tile& t, std::int64_t i0, std::int64_t j0, int rows, int cols, Block<T>& b) {
-    const P* products = static_cast<const P*>(t.products) + i0 * t.stride + j0;
-    P inv[kCols];
+    const Inverses<P> inv(t, j0, cols);
     T least = T(1);
-    for (int j = 0; j < kCols; ++j) inv[j] = j < cols ? P(t.j.inv[j0 + j]) : P(0);
     for (int i = 0; i < rows; ++i) {
-        T *x = b.x + i * kCols, *s = b.s + i * kCols;
-        const P scale = P(t.i.inv[i0 + i]);
-        const P* row = products + i * t.stride;
-        // The rows of a patch are far apart; the processor does not foresee the next one.
-        if (i0 + i + kAhead < t.rows)
-            for (int j = 0; j < cols; j += 64 / int(sizeof(P))) __builtin_prefetch(row + kAhead * t.stride + j, 1);
-        const std::int64_t own = t.diagonal == INT64_MIN ? -1 : i0 + i - t.diagonal - j0;
-        T lowest = T(1);
-#pragma omp simd reduction(min : lowest)
-        for (int j = 0; j < cols; ++j) {
-            const Start<P> p = start_pair(row[j], scale, inv[j]);
-            x[j] = T(p.x);
-            s[j] = T(p.s);
-            lowest = x[j] < lowest ? x[j] : lowest;
-        }
-        for (int j = cols; j < kCols; ++j) x[j] = T(0), s[j] = T(1);
-        if (own >= 0 && own < cols) {
-            x[own] = T(0), s[own] = T(1), lowest = T(1);
-            for (int j = 0; j < cols; ++j) lowest = j != own && x[j] < lowest ? x[j] : lowest;
-        }
+        const T lowest = correlate_row(t, i0 + i, j0, cols, inv.of, b.x + i * kCols, b.s + i * kCols);
         least = lowest < least ? lowest : least;
     }
     for (int k = rows * kCols; k < kBlock; ++k) b.x[k] = T(0), b.s[k] = T(1);
@@ -151,30 +163,56 @@ NTK_INLINE bool narrow(const double* f, int n, float* to) {
     return outside == 0;
 }
 
-// The same by tables.
+// The factors of one output for a block.
 template <class T>
-void table_results(const Tile& t, std::int64_t i0, std::int64_t j0, int rows, int cols, const Block<T>& b, T* results) {
-    T fj[kCols], hj[kCols], fi[kRows], hi[kRows];
-    for (int o = 0; o < t.n_outputs; ++o, results += kPatch * kCols) {
-        const Output& out = t.outputs[o];
-        const Table<T>& table = *static_cast<const Table<T>*>(out.table);
-        bool fits = narrow(out.fi + i0, rows, fi);
+struct TableFactors {
+    T fi[kRows], hi[kRows], fj[kCols], hj[kCols];
+    bool fits;
+    void take(const Output& out, std::int64_t i0, std::int64_t j0, int rows, int cols) {
+        fits = narrow(out.fi + i0, rows, fi);
         fits = narrow(out.hi + i0, rows, hi) && fits;
         fits = narrow(out.fj + j0, cols, fj) && fits;
         fits = narrow(out.hj + j0, cols, hj) && fits;
-        for (int i = 0; i < rows; ++i) {
-            T* row = results + i * kCols;
-            table_row(table, b.x + i * kCols, b.s + i * kCols, row, cols);
-            if (fits) {
-                const T f = fi[i], h = hi[i];
-                if (h != T(0)) for (int j = 0; j < cols; ++j) row[j] = fma_(row[j] * f, fj[j], h * hj[j]);
-                else for (int j = 0; j < cols; ++j) row[j] = row[j] * f * fj[j];
-            } else {
-                const double f = out.fi[i0 + i], h = out.hi[i0 + i];
-                for (int j = 0; j < cols; ++j) row[j] = T(double(row[j]) * f * out.fj[j0 + j] + h * out.hj[j0 + j]);
-            }
-        }
     }
+};
+// Row i of the block by a table.
+template <class T>
+NTK_INLINE void table_line(const Output& out, const TableFactors<T>& c, std::int64_t i0, std::int64_t j0, int i, int cols,
+                           const T* x, const T* s, T* row) {
+    table_row(*static_cast<const Table<T>*>(out.table), x, s, row, cols);
+    if (c.fits) {
+        const T f = c.fi[i], h = c.hi[i];
+        if (h != T(0)) for (int j = 0; j < cols; ++j) row[j] = fma_(row[j] * f, c.fj[j], h * c.hj[j]);
+        else for (int j = 0; j < cols; ++j) row[j] = row[j] * f * c.fj[j];
+    } else {
+        const double f = out.fi[i0 + i], h = out.hi[i0 + i];
+        for (int j = 0; j < cols; ++j) row[j] = T(double(row[j]) * f * out.fj[j0 + j] + h * out.hj[j0 + j]);
+    }
+}
+
+// The same by tables.
+template <class T>
+void table_results(const Tile& t, std::int64_t i0, std::int64_t j0, int rows, int cols, const Block<T>& b, T* results) {
+    TableFactors<T> factors;
+    for (int o = 0; o < t.n_outputs; ++o, results += kPatch * kCols) {
+        factors.take(t.outputs[o], i0, j0, rows, cols);
+        for (int i = 0; i < rows; ++i)
+            table_line(t.outputs[o], factors, i0, j0, i, cols, b.x + i * kCols, b.s + i * kCols, results + i * kCols);
+    }
+}
+
+// From products to results row by row: correlations never leave the L1 cache. False as soon as a pair is close.
+template <class P, class T>
+bool table_block(const Tile& t, std::int64_t i0, std::int64_t j0, int rows, int cols, T* results) {
+    TableFactors<T> factors;
+    alignas(64) T x[kCols], s[kCols];
+    const Inverses<P> inv(t, j0, cols);
+    factors.take(t.outputs[0], i0, j0, rows, cols);
+    for (int i = 0; i < rows; ++i) {
+        if (correlate_row(t, i0 + i, j0, cols, inv.of, x, s) < T(t.close)) return false;
+        table_line(t.outputs[0], factors, i0, j0, i, cols, x, s, results + i * kCols);
+    }
+    return true;
 }
 
 template <class T>
@@ -282,8 +320,10 @@ template <class T>
 void block(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, int rows, int cols, Worker<T>& w, T* results) {
     Scratch<T>& s = *w.scratch.data;
     const OwnTerms<T>& own = w.own;
-    const T least = t.wide ? correlations<double>(t, i0, j0, rows, cols, s.block) : correlations<T>(t, i0, j0, rows, cols, s.block);
     const bool table = t.n_outputs && t.outputs[0].table;
+    if (table && t.n_outputs == 1)
+        if (t.wide ? table_block<double>(t, i0, j0, rows, cols, results) : table_block<T>(t, i0, j0, rows, cols, results)) return;
+    const T least = t.wide ? correlations<double>(t, i0, j0, rows, cols, s.block) : correlations<T>(t, i0, j0, rows, cols, s.block);
     if (!table) clear_state(s.block, rows * kCols);
     if (least < T(t.close)) close_pairs(t, i0, j0, rows, cols, s.block, s.differences);
     if (table) return table_results(t, i0, j0, rows, cols, s.block, results);
@@ -300,23 +340,38 @@ void block(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, in
     layer_results(plan, t, i0, j0, rows, cols, s, results);
 }
 
-// A patch of up to kPatch x kCols pairs, in blocks of most_rows; below the diagonal of a tile nothing is computed.
+// Where a patch is: its first pair, its pairs, and the column of the first row's own point (INT64_MIN: no such tile).
+struct PatchPlace {
+    std::int64_t i0, j0;
+    int rows, cols;
+    std::int64_t below;
+};
+NTK_INLINE PatchPlace patch_place(const Tile& t, std::int64_t i0, std::int64_t j0) {
+    return {i0, j0, t.rows - i0 < kPatch ? int(t.rows - i0) : kPatch, t.cols - j0 < kCols ? int(t.cols - j0) : kCols,
+            t.diagonal == INT64_MIN ? INT64_MIN : i0 - t.diagonal - j0};
+}
+
+// The results of a patch, in blocks of most_rows; below the diagonal of a tile nothing is computed. Slices are written.
+template <class T>
+void patch_results(const Plan& plan, const Tile& t, const PatchPlace& p, bool upper, Worker<T>& w) {
+    for (int i = 0; i < p.rows; i += w.most_rows) {
+        // table_row writes whole 64 pairs.
+        const std::int64_t first = upper && p.below + i > 0 ? (p.below + i) / 64 * 64 : 0;
+        if (first >= p.cols) break;
+        const int size = p.rows - i < w.most_rows ? p.rows - i : w.most_rows;
+        block<T>(plan, t, p.i0 + i, p.j0 + first, size, p.cols - int(first), w, w.results.data + i * kCols + first);
+    }
+}
+
+// From inner products to results in memory.
 template <class T>
 void patch(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, bool upper, Worker<T>& w) {
-    T* results = w.results.data;
-    const int rows = t.rows - i0 < kPatch ? int(t.rows - i0) : kPatch, cols = t.cols - j0 < kCols ? int(t.cols - j0) : kCols;
-    const std::int64_t below = t.diagonal == INT64_MIN ? INT64_MIN : i0 - t.diagonal - j0;
-    for (int i = 0; i < rows; i += w.most_rows) {
-        // table_row writes whole 64 pairs.
-        const std::int64_t first = upper && below + i > 0 ? (below + i) / 64 * 64 : 0;
-        if (first >= cols) break;
-        const int size = rows - i < w.most_rows ? rows - i : w.most_rows;
-        block<T>(plan, t, i0 + i, j0 + first, size, cols - int(first), w, results + i * kCols + first);
-    }
+    const PatchPlace p = patch_place(t, i0, j0);
+    patch_results(plan, t, p, upper, w);
     for (int o = 0; o < t.n_outputs && !t.slices.data; ++o) {
         const Output& out = t.outputs[o];
         T* mirror = out.mirror ? static_cast<T*>(out.mirror) + j0 * out.mirror_stride + i0 : nullptr;
-        write_patch(results + o * kPatch * kCols, rows, cols, below, static_cast<T*>(out.data) + i0 * out.stride + j0,
+        write_patch(w.results.data + o * kPatch * kCols, p.rows, p.cols, p.below, static_cast<T*>(out.data) + i0 * out.stride + j0,
                     out.stride, mirror, out.mirror_stride, t.stream, w.scratch.data->turned);
     }
 }

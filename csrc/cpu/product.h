@@ -177,13 +177,16 @@ static Side<double> side_of(const Panels<float>& x, Index i, Index rows, Index p
     return {scratch, k * part};
 }
 
-// What a thread needs: a tile of sums, and the sides if they have to be converted.
+// What a thread needs: a tile of sums, and the sides if they have to be converted. No larger than the tiles are: new pages
+// cost more than a small product.
 template <class A, class T>
 struct TileMemory {
-    static constexpr Index side = kSide<A>, sides = sizeof(A) == sizeof(T) ? 0 : side * kDepth;
+    static constexpr Index sides = sizeof(A) == sizeof(T) ? 0 : kSide<A> * kDepth;
+    const Index tile;
     Pages<A> all;
-    __attribute__((always_inline)) inline TileMemory() : all(side * side + 2 * sides) {
-        if (all.data) __builtin_memset(all.data, 0, sizeof(A) * std::size_t(side * side + 2 * sides));
+    __attribute__((always_inline)) inline TileMemory(Index side_i, Index side_j)
+        : tile(round_up(side_i, kWide<A>) * round_up(side_j, kWide<A>)), all(tile + 2 * sides) {
+        if (all.data) __builtin_memset(all.data, 0, sizeof(A) * std::size_t(tile + 2 * sides));
     }
 };
 
@@ -192,7 +195,7 @@ template <class A>
 struct ProductTile {
     Index i0, j0, rows, cols;
     bool diagonal;  // of a symmetric grid: what stands below the diagonal is not computed and means nothing
-    A* c;           // (kSide, ldc), of which (rows, cols) count; ldc = round_up(cols, kWide)
+    A* c;           // (whole panels, ldc), of which (rows, cols) count; ldc = round_up(cols, kWide)
     Index ldc;
 };
 
@@ -258,7 +261,7 @@ bool for_each_tile(const Panels<T>& a, const Panels<T>& b, const Grid& g, Index 
     // Waking a second thread costs more than one tile.
 #pragma omp parallel if (last - first > 1)
     {
-        TileMemory<A, T> memory;
+        TileMemory<A, T> memory(smaller(g.side_i, g.n), smaller(g.side_j, g.m));
         A* c = memory.all.data;
         auto work = make();
         if (!c || !work.ready()) {
@@ -273,7 +276,7 @@ bool for_each_tile(const Panels<T>& a, const Panels<T>& b, const Grid& g, Index 
             const Index i0 = row * g.side_i, j0 = (g.symmetric ? row + rest : rest) * g.side_j;
             ProductTile<A> t{i0, j0, smaller(g.side_i, g.n - i0), smaller(g.side_j, g.m - j0), g.symmetric && i0 == j0, c, 0};
             t.ldc = round_up(t.cols, kWide<A>);
-            product_tile<A, T>(a, b, t, c + kSide<A> * kSide<A>);
+            product_tile<A, T>(a, b, t, c + memory.tile);
             work(t);
         }
         finish_lanes();

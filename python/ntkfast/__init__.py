@@ -18,6 +18,7 @@ from ntkfast.finite import FiniteNetwork, init
 from ntkfast.gram import diagonal, gram, layer_grams
 from ntkfast.jacobian import LayerFactors, jacobian_diagonal, jacobian_gram
 from ntkfast.layers import Bottleneck, Dense, Linear, Readout, Residual
+from ntkfast.matmul import KernelOperator, gram_matmul
 from ntkfast.network import Network, bottleneck_resnet, fixed_readout_resnet, fully_connected, resnet
 from ntkfast.third_order import third_order_kernel
 
@@ -28,6 +29,7 @@ __all__ = [
     "Bottleneck",
     "Dense",
     "FiniteNetwork",
+    "KernelOperator",
     "LayerFactors",
     "Linear",
     "Network",
@@ -42,6 +44,7 @@ __all__ = [
     "fixed_readout_resnet",
     "fully_connected",
     "gram",
+    "gram_matmul",
     "init",
     "jacobian_diagonal",
     "jacobian_gram",

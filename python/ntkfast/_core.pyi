@@ -50,6 +50,7 @@ def fused(
     close: float,
     outputs: list[Any],
     slices: Any,
+    matmul: tuple[_D, _D, _D | None, _D | None] | None = None,
 ) -> None: ...
 def tile(
     plan: Plan,

@@ -22,17 +22,21 @@ Array = NDArray[Any]
 Vector = NDArray[np.float64]
 
 #: Pairs whose 1 - |rho| is smaller get it from differences. The error of an inner product, about 3 eps, moves the angle
-#: theta by 3 eps / theta; at these limits that is 1e-14 (float64) and 2e-6 (float32).
+#: theta by 3 eps / theta; at these limits that is 1e-14 (float64) and 2e-6 (float32). eps is that of the sums.
 CLOSE = {np.dtype(np.float64): 1e-3, np.dtype(np.float32): 1.0 / 64}
 
 
 class Problem:
     """Checked inputs and the compiled network of one call."""
 
-    def __init__(self, net: Network, X: Any, Y: Any, dtype: Any, device: Any) -> None:
+    def __init__(self, net: Network, X: Any, Y: Any, dtype: Any, device: Any, accumulate: Any = None) -> None:
         if not isinstance(net, Network):
             raise TypeError(f"net must be a Network (fully_connected, resnet, ...), got {type(net).__name__}")
+        if accumulate not in (None, "float64"):
+            raise ValueError(f'accumulate={accumulate!r} is unknown; use None or "float64"')
         place = find_place(device, ("X", X), ("Y", Y))
+        if place is not None and accumulate is not None:
+            raise ValueError(f"accumulate={accumulate!r} needs the CPU; on a GPU use dtype=numpy.float64")
         self.gpu = None if place is None else Backend(place, X)
         there = self.gpu if place is not None and place.resident else None  # the arrays are on a GPU
         read: Callable[[Any, str], tuple[Any, Callable[[Any], Any]]] = there.view if there else as_numpy
@@ -49,12 +53,13 @@ class Problem:
         points = there.points if there else as_points
         self.x = points(x, "X", self.dtype)
         self.y = self.x if y is None else points(y, "Y", self.dtype)
-        self.close = CLOSE[self.dtype]
+        #: inner products of float32 rows in float64
+        self.wide = accumulate is not None and self.dtype == np.float32
+        self.close = CLOSE[np.dtype(np.float64) if self.wide else self.dtype]
         self.symmetric = y is None
         norms = [self.x.norm] if self.symmetric else [self.x.norm, self.y.norm]
         self.compiled = compile_network(net, norms, self.dtype)
         self._norms = norms
-        self.wide = False
 
     def allocate(self, out: Any, shape: tuple[int, ...], names: Sequence[str]) -> list[Any]:
         """The given outputs, checked, or new ones where the inputs are."""

@@ -92,13 +92,19 @@ class Job:
     fused: Callable[[Tile, list[Array], list[Array | None]], None] | None = None
 
 
+def fused_side(dim: int, nanoseconds: float) -> int:
+    """Rows of a tile whose pairs take `nanoseconds` beside their inner products: a few tenths of a second."""
+    side = FUSED_SIDE
+    while side > 128 and side * side * (2.0 * dim / _FUSED_RATE + 1e-9 * nanoseconds) > 2 * _CALL:
+        side //= 2
+    return side
+
+
 def side_of(job: Job) -> int:
     """Rows of a tile, so that neither its product nor its scratch is too large."""
     dim = max(1, job.x.shape[1])
     if job.fused:
-        side = FUSED_SIDE
-        while side > 256 and side * side * (2.0 * dim / _FUSED_RATE + 1e-9 * job.nanoseconds) > 2 * _CALL:
-            side //= 2
+        side = fused_side(dim, job.nanoseconds)
     else:
         side = min(SIDE, max(LEAST, len(job.x) // 4)) if job.symmetric else SIDE
         while side > 256 and 2.0 * side * side * dim > _PRODUCT:

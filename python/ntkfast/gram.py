@@ -40,6 +40,7 @@ def gram(
     normalize: bool = False,
     device: Any = None,
     dtype: Any = None,
+    accumulate: str | None = None,
     out: Any = None,
     progress: bool = False,
 ) -> Any:
@@ -67,6 +68,9 @@ def gram(
         float32 rows are true float32, never TF32.
     dtype : float32 or float64, optional
         Of arithmetic and result.
+    accumulate : None or "float64"
+        ``"float64"``: inner products of float32 rows are added up in float64 and correlations formed there, so
+        that their error no longer grows with d; up to twice the time of the products. CPU only.
     out : array (or tuple of arrays), optional
         Where the result goes; anything with slice assignment, e.g. ``numpy.memmap``, also if X is on a GPU; or arrays
         on the GPU of X with contiguous rows. Filled tile by tile.
@@ -85,7 +89,7 @@ def gram(
     TypeError
         dtype that is not real (float16 and complex included), X and Y of different dtypes.
     ValueError
-        Wrong shape, entries not finite (names the first bad row), unknown ``get`` or ``device``, arrays on different
+        Wrong shape, entries not finite (names the first bad row), unknown ``get``, ``accumulate`` or ``device``, arrays on different
         devices or not on ``device``; a Hermite expansion that does not reach its tolerance.
     OverflowError
         The result does not fit in its dtype; ``normalize=True`` may.
@@ -110,7 +114,7 @@ def gram(
     >>> ntk, nngp = nf.gram(nf.resnet(depth=3, activation="erf"), X, get=("ntk", "nngp"))
     """
     kinds = _check_kinds(get)
-    problem = Problem(net, X, Y, dtype, device)
+    problem = Problem(net, X, Y, dtype, device, accumulate)
     mixes = [mix_of(net, kind) for kind in kinds]
     path = problem.path(mixes)
     tables = path.tables or (None,) * len(kinds)
@@ -165,6 +169,7 @@ def layer_grams(
     *,
     device: Any = None,
     dtype: Any = None,
+    accumulate: str | None = None,
     out: Any = None,
     progress: bool = False,
 ) -> Any:
@@ -197,7 +202,7 @@ def layer_grams(
     >>> bool(np.allclose(G.sum(axis=0), nf.gram(net, X)))
     True
     """
-    problem = Problem(net, X, Y, dtype, device)
+    problem = Problem(net, X, Y, dtype, device, accumulate)
     count, readout = len(net.slices), net.readout
     mix = mix_of(net, "ntk")
     left = factors(problem, "ntk", mix, problem.x, "X", False, None)[0] * np.sqrt(readout.weight_variance)
