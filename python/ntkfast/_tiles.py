@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -72,6 +72,25 @@ def tiles(n: int, m: int, symmetric: bool, side: int, unit: int = 1) -> Iterator
                 yield Tile(row, col, symmetric)
 
 
+class Record:
+    """An output that is filled in several runs: it tells which tiles are left, and hears of every tile it holds."""
+
+    side: int  #: rows and columns of its largest tile, after begin()
+
+    def begin(self) -> list[Tile]:
+        """The tiles to do; called once, when everything else is checked."""
+        raise NotImplementedError
+
+    def stored(self, tile: Tile) -> None:
+        """A tile was assigned, its mirror too."""
+        raise NotImplementedError
+
+
+def record_of(outputs: Sequence[Any]) -> Record | None:
+    """The output that chooses the tiles, if there is one."""
+    return next((out for out in outputs if isinstance(out, Record)), None)
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of the iterator.
@@ -92,13 +111,19 @@ class Job:
     fused: Callable[[Tile, list[Array], list[Array | None]], None] | None = None
 
 
+def fused_side(dim: int, nanoseconds: float) -> int:
+    """Rows of a tile that one call makes, products and kernels."""
+    side = FUSED_SIDE
+    while side > 256 and side * side * (2.0 * dim / _FUSED_RATE + 1e-9 * nanoseconds) > 2 * _CALL:
+        side //= 2
+    return side
+
+
 def side_of(job: Job) -> int:
     """Rows of a tile, so that neither its product nor its scratch is too large."""
     dim = max(1, job.x.shape[1])
     if job.fused:
-        side = FUSED_SIDE
-        while side > 256 and side * side * (2.0 * dim / _FUSED_RATE + 1e-9 * job.nanoseconds) > 2 * _CALL:
-            side //= 2
+        side = fused_side(dim, job.nanoseconds)
     else:
         side = min(SIDE, max(LEAST, len(job.x) // 4)) if job.symmetric else SIDE
         while side > 256 and 2.0 * side * side * dim > _PRODUCT:
@@ -129,8 +154,13 @@ def product(x: Array, y: Array, out: Array) -> None:
 def run(job: Job) -> None:
     """Fill the outputs of a job."""
     n, m = len(job.x), len(job.y)
-    side = side_of(job)
-    todo = list(tiles(n, m, job.symmetric, side, _core.PANEL if job.fused else 1))
+    record = record_of(job.outputs)
+    if record:
+        todo = record.begin()
+        side = record.side
+    else:
+        side = side_of(job)
+        todo = list(tiles(n, m, job.symmetric, side, _core.PANEL if job.fused else 1))
     direct = all(_direct(out, job.x.dtype) for out in job.outputs)
     # Threads of either pool go on spinning for a while when their work is done, and slow down the other pool. So the
     # products of many tiles come first, then all their epilogues: in place that takes no memory.
@@ -140,6 +170,8 @@ def run(job: Job) -> None:
             ready = [_prepare(job, tile) for tile in todo[start : start + batch]]
             for item in ready:
                 _finish(job, item, bar)
+                if record:
+                    record.stored(item.tile)
 
 
 @dataclass(frozen=True)
