@@ -192,15 +192,16 @@ def _resumed_gram(args: argparse.Namespace) -> int:
     for name in ("force", "normalize"):
         if getattr(args, name):
             raise ValueError(f"{_flag(name)} does not go with --resume and --part")
-    kind = args.get if "," not in args.get else _check_kinds(tuple(args.get.split(",")))
+    if "," in args.get:
+        raise ValueError("--resume and --part take one kernel: run the command once for each, with another --out")
     net = _network(args)
     points = [_load(args.points)] + ([] if args.other is None else [_load(args.other)])
     if args.dtype is not None:
         points = [np.asarray(x, args.dtype) for x in points]
     start = time.perf_counter()
-    K = ntkfast.gram_to_file(net, points[0], args.out, *points[1:], get=kind, part=args.part or (0, 1),
+    K = ntkfast.gram_to_file(net, points[0], args.out, *points[1:], get=args.get, part=args.part or (0, 1),
                              progress=not args.quiet)  # fmt: skip
-    print(f"{args.out}: {kind}, {K.shape[0]} x {K.shape[1]} {K.dtype}, {args.out.stat().st_size / 1e6:,.1f} MB")
+    print(f"{args.out}: {args.get}, {K.shape[0]} x {K.shape[1]} {K.dtype}, {args.out.stat().st_size / 1e6:,.1f} MB")
     print(f"{net}: {time.perf_counter() - start:.2f} s")
     return 0
 

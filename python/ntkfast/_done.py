@@ -111,9 +111,10 @@ class MatrixFile(Record):
     def view(self) -> np.memmap[Any, Any]:
         """The file, mapped read-only, if it is what it should be."""
         try:
-            array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            found = f"{array.shape} {array.dtype}" if isinstance(array, np.memmap) else "an archive"
-        except (ValueError, EOFError) as error:
+            array: np.memmap[Any, Any] = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            order = "" if array.flags.c_contiguous else " in Fortran order"
+            found = f"{array.shape} {array.dtype}{order}"
+        except (AttributeError, ValueError, EOFError) as error:
             found = f"no .npy file ({error})"
         if found != f"{self.shape} {self.dtype}":
             raise ValueError(f"{self.path} is {found}, its done-map belongs to {self.shape} {self.dtype}; it was "
@@ -267,7 +268,7 @@ def _publish(new: Path, path: Path) -> None:
 
 
 def _write(handle: int, row: Array, offset: int) -> None:
-    data = memoryview(row).cast("B")
+    data = row.data.cast("B")
     while len(data):
         count = os.pwrite(handle, data, offset)
         data, offset = data[count:], offset + count

@@ -178,7 +178,7 @@ def _digest(problem: Problem, points: Any, name: str) -> dict[str, Any]:
     step = max(1, _BLOCK // max(1, problem.dtype.itemsize * int(np.prod(array.shape[1:]))))
     for start in range(0, len(array), step):
         rows = array[start : start + step]
-        digest.update(np.ascontiguousarray(rows.get() if hasattr(rows, "get") else rows, problem.dtype))
+        digest.update(np.ascontiguousarray(rows.get() if hasattr(rows, "get") else rows, problem.dtype).data)
     return {"shape": list(array.shape), "blake2b": digest.hexdigest()}
 
 

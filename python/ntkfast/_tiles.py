@@ -172,6 +172,7 @@ def run(job: Job) -> None:
                 _finish(job, item, bar)
                 if record:
                     record.stored(item.tile)
+            del ready, item  # and their scratch, before the next is made
 
 
 @dataclass(frozen=True)
