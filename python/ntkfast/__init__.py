@@ -12,6 +12,7 @@ from typing import Any as _Any
 
 from ntkfast import _core
 from ntkfast._arrays import OutOfMemoryError
+from ntkfast._file import gram_to_file
 from ntkfast.activation import Activation
 from ntkfast.empirical import WidthCheck, check_against_network, empirical_ntk
 from ntkfast.finite import FiniteNetwork, init
@@ -45,6 +46,7 @@ __all__ = [
     "fully_connected",
     "gram",
     "gram_matmul",
+    "gram_to_file",
     "init",
     "jacobian_diagonal",
     "jacobian_gram",

@@ -181,8 +181,35 @@ def _new_files(targets: Sequence[Path], shape: tuple[int, int], dtype: np.dtype[
             part.unlink(missing_ok=True)
 
 
+def _part(text: str) -> tuple[int, int]:
+    """k/of"""
+    k, _, of = text.partition("/")
+    return int(k), int(of)
+
+
+def _resumed_gram(args: argparse.Namespace) -> int:
+    """Gram matrix of the points of one file, into another that survives interruptions."""
+    for name in ("force", "normalize"):
+        if getattr(args, name):
+            raise ValueError(f"{_flag(name)} does not go with --resume and --part")
+    if "," in args.get:
+        raise ValueError("--resume and --part take one kernel: run the command once for each, with another --out")
+    net = _network(args)
+    points = [_load(args.points)] + ([] if args.other is None else [_load(args.other)])
+    if args.dtype is not None:
+        points = [np.asarray(x, args.dtype) for x in points]
+    start = time.perf_counter()
+    K = ntkfast.gram_to_file(net, points[0], args.out, *points[1:], get=args.get, part=args.part or (0, 1),
+                             progress=not args.quiet)  # fmt: skip
+    print(f"{args.out}: {args.get}, {K.shape[0]} x {K.shape[1]} {K.dtype}, {args.out.stat().st_size / 1e6:,.1f} MB")
+    print(f"{net}: {time.perf_counter() - start:.2f} s")
+    return 0
+
+
 def gram(args: argparse.Namespace) -> int:
     """Gram matrix of the points of one file, into another."""
+    if args.resume or args.part is not None:
+        return _resumed_gram(args)
     kinds = _check_kinds(tuple(args.get.split(",")))
     targets = _targets(args.out, kinds, args.force)
     net = _network(args)
@@ -220,6 +247,12 @@ def _add_gram(commands: Any) -> None:
     parser.add_argument("--normalize", action="store_true", help="K_ij / sqrt(K_ii K_jj)")
     parser.add_argument("--dtype", choices=("float32", "float64"), help="of arithmetic and result; that of the points")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--resume", action="store_true",
+                        help="fill OUT tile by tile, beside it what is done (OUT.done): after an interruption the same "
+                        "command goes on; one kernel, not normalised")  # fmt: skip
+    parser.add_argument("--part", type=_part, metavar="K/OF",
+                        help="only the share K (0 to OF - 1) of the tiles, so that processes or machines with a shared "
+                        "file system fill one OUT; resumes, too")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     network = parser.add_argument_group("network", "options of the builder; each network has some of them")
     network.add_argument("--activation", metavar="NAME", help=", ".join(NAMES))

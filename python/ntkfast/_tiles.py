@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -70,6 +70,25 @@ def tiles(n: int, m: int, symmetric: bool, side: int, unit: int = 1) -> Iterator
         for j, col in enumerate(cols):
             if not symmetric or j >= i:
                 yield Tile(row, col, symmetric)
+
+
+class Record:
+    """An output that is filled in several runs: it tells which tiles are left, and hears of every tile it holds."""
+
+    side: int  #: rows and columns of its largest tile, after begin()
+
+    def begin(self) -> list[Tile]:
+        """The tiles to do; called once, when everything else is checked."""
+        raise NotImplementedError
+
+    def stored(self, tile: Tile) -> None:
+        """A tile was assigned, its mirror too."""
+        raise NotImplementedError
+
+
+def record_of(outputs: Sequence[Any]) -> Record | None:
+    """The output that chooses the tiles, if there is one."""
+    return next((out for out in outputs if isinstance(out, Record)), None)
 
 
 @dataclass(frozen=True)
@@ -135,8 +154,13 @@ def product(x: Array, y: Array, out: Array) -> None:
 def run(job: Job) -> None:
     """Fill the outputs of a job."""
     n, m = len(job.x), len(job.y)
-    side = side_of(job)
-    todo = list(tiles(n, m, job.symmetric, side, _core.PANEL if job.fused else 1))
+    record = record_of(job.outputs)
+    if record:
+        todo = record.begin()
+        side = record.side
+    else:
+        side = side_of(job)
+        todo = list(tiles(n, m, job.symmetric, side, _core.PANEL if job.fused else 1))
     direct = all(_direct(out, job.x.dtype) for out in job.outputs)
     # Threads of either pool go on spinning for a while when their work is done, and slow down the other pool. So the
     # products of many tiles come first, then all their epilogues: in place that takes no memory.
@@ -146,6 +170,9 @@ def run(job: Job) -> None:
             ready = [_prepare(job, tile) for tile in todo[start : start + batch]]
             for item in ready:
                 _finish(job, item, bar)
+                if record:
+                    record.stored(item.tile)
+            del ready, item  # and their scratch, before the next is made
 
 
 @dataclass(frozen=True)

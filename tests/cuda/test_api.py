@@ -13,8 +13,10 @@ import simulate
 from conftest import assert_close, tolerance
 
 import ntkfast as nf
+from ntkfast import _file
 from ntkfast._cuda import CudaUnavailable
 from ntkfast._cuda import gram as gpu_gram
+from ntkfast._done import MatrixFile
 from ntkfast._plan import mix_of
 from ntkfast._problem import Problem
 
@@ -116,6 +118,32 @@ def test_out_on_the_host(gpu, small_tiles, tmp_path):
     resident = np.empty((41, 41))
     assert nf.gram(NET, gpu.array(X), out=resident) is resident
     check(resident, NET, X)
+
+
+def test_a_file_that_resumes(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(_file, "_SIDE", 48)
+    x = np.random.default_rng(5).normal(size=(110, 6))  # 3 x 3 tiles, 6 of them to be computed
+    path, store, left = tmp_path / "K.npy", gpu_gram._Share._store, [2]
+
+    def stop(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        store(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_gram._Share, "_store", stop)
+        with pytest.raises(KeyboardInterrupt):
+            nf.gram_to_file(NET, gpu.array(x), path, progress=False)
+    done = tmp_path / "K.npy.done" / "0of1"
+    assert done.read_bytes().count(1) == 2
+    tiles, stored = [], MatrixFile.stored
+    monkeypatch.setattr(MatrixFile, "stored", lambda file, tile: (tiles.append(tile), stored(file, tile)))
+    check(nf.gram_to_file(NET, gpu.array(x), path, progress=False), NET, x)
+    assert len(tiles) == 4
+    assert done.read_bytes() == bytes([1]) * 6
+    # The same points in host memory are the same computation.
+    assert not nf.gram_to_file(NET, x, path, progress=False).flags.writeable
 
 
 def test_progress(gpu, small_tiles):

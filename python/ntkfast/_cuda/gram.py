@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ntkfast._arrays import OutOfMemoryError, Points, not_finite, scale_exponents
 from ntkfast._cuda import layout
 from ntkfast._cuda.device import Gpu, Place, as_cupy, contiguous_rows, index_of, row_stride, stream_of
-from ntkfast._tiles import Progress, Tile, tiles
+from ntkfast._tiles import Progress, Tile, record_of, tiles
 
 Array = NDArray[Any]
 Vector = NDArray[np.float64]
@@ -145,8 +145,13 @@ class Backend:
         """Fill the results."""
         n, m = problem.shape
         resident = index_of(outs[0]) is not None
-        side = min(RESIDENT, max(n, m)) if resident else _streamed_side(problem, outs)
-        todo = list(tiles(n, m, problem.symmetric, side))
+        record = record_of(outs)
+        if record:
+            todo = record.begin()
+            side = record.side
+        else:
+            side = min(RESIDENT, max(n, m)) if resident else _streamed_side(problem, outs)
+            todo = list(tiles(n, m, problem.symmetric, side))
         with Progress(progress, sum(tile.entries for tile in todo)) as bar:
             if resident:
                 with self._here() as gpu:
@@ -328,6 +333,8 @@ class _Share:
             out[..., tile.rows, tile.cols] = part
             if mirror is not None:
                 out[..., tile.cols, tile.rows] = mirror
+        if record := record_of(self.outs):
+            record.stored(tile)
 
 
 def _in_parallel(jobs: Sequence[Callable[[], None]], share: _Share) -> None:
