@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 import re
 import shutil
@@ -23,8 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,22 +164,9 @@ def layer_by_layer(xp: Any, x: Any, depth: int) -> Any:
     return theta
 
 
-@contextmanager
-def on_path(path: str) -> Iterator[None]:
-    """Calls take this path."""
-    before = os.environ.get("NTKFAST_PATH")
-    os.environ["NTKFAST_PATH"] = path
-    try:
-        yield
-    finally:
-        os.environ.pop("NTKFAST_PATH")
-        if before is not None:
-            os.environ["NTKFAST_PATH"] = before
-
-
 def measure(cupy: Any, case: Case, rounds: int, rates: Report) -> Report:
     """Times of one case: the whole, its products, its epilogues; after a check of the answer."""
-    with on_path(case.path):
+    with _bench.forced(case.path):
         return _measure(cupy, case, rounds, rates)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -284,8 +285,14 @@ def test_info_tells_versions_instruction_set_threads_and_gpus(capsys):
     assert found["python"].startswith(".".join(map(str, sys.version_info[:3])))
     assert all(isa in found["instruction set"] for isa in ntkfast._core.available())
     assert found["threads"].startswith(f"{ntkfast._core.threads()} ")
-    assert found["GPUs"] == "not used: there are no GPU kernels in this version"
+    assert re.match(r'\d+ \(device="cuda"\)$|none: \w+', found["GPUs"])
     assert {"BLAS of numpy", "processor", "memory available", "optional packages"} <= set(found)
+
+
+def test_info_says_why_there_is_no_gpu(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert main(["info"]) == 0
+    assert "none: computing on a GPU needs CuPy, which is not installed: pip install" in capsys.readouterr().out
 
 
 def test_info_survives_a_numpy_that_does_not_know_its_blas(capsys, monkeypatch):

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 import ntkfast
 from ntkfast import _core
 from ntkfast._arrays import available_memory, check_matrix, result_dtype
+from ntkfast._cuda import CudaUnavailable, load_cupy
 from ntkfast._machine import blas, processor
 from ntkfast.activation import NAMES
 from ntkfast.gram import KINDS, _check_kinds
@@ -88,6 +89,14 @@ def machine() -> str:
     )
 
 
+def _gpus() -> str:
+    """How many GPUs device="cuda" may use, or the sentence that says why none."""
+    try:
+        return f'{load_cupy().cuda.runtime.getDeviceCount()} (device="cuda")'
+    except CudaUnavailable as error:
+        return f"none: {error}"
+
+
 def info() -> int:
     """Print versions, instruction set, threads, memory and GPUs."""
     memory, isa = available_memory(), _core.isa()
@@ -102,7 +111,7 @@ def info() -> int:
         ("instruction set", f"{ISA_NAMES.get(isa, isa)}; available: {available} (NTKFAST_ISA forces one)"),
         ("threads", f"{_core.threads()} (OpenMP; OMP_NUM_THREADS or threadpoolctl change it)"),
         ("memory available", "unknown" if memory is None else f"{memory / 1e9:.1f} GB"),
-        ("GPUs", "not used: there are no GPU kernels in this version"),
+        ("GPUs", _gpus()),
         ("optional packages", ", ".join(f"{name} {_version(name)}" for name in extras)),
     ]
     for name, value in rows:

@@ -14,6 +14,7 @@ from conftest import assert_close, tolerance
 
 import ntkfast as nf
 from ntkfast import _file
+from ntkfast.__main__ import main
 from ntkfast._cuda import CudaUnavailable
 from ntkfast._cuda import gram as gpu_gram
 from ntkfast._done import MatrixFile
@@ -329,6 +330,11 @@ def test_checks_of_values_on_the_device(gpu):
         nf.gram(NET, gpu.array(X * 1e200))
     with pytest.raises(ValueError, match=r"must have shape \(n, d\)"):
         nf.gram(NET, gpu.array(np.zeros((2, 2, 2))))
+
+
+def test_info_counts_devices(gpu, capsys):
+    assert main(["info"]) == 0
+    assert 'GPUs               2 (device="cuda")' in capsys.readouterr().out
 
 
 # The path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_a_case_on_another_path_is_an_error(check, gpu, monkeypatch):
     case = check.Case("biases", nf.fully_connected(2, bias_variance=0.1), 40, 5)
     with pytest.raises(RuntimeError, match="ran by gram_general, not by its table"):
         check.measure(gpu, case, 1, {"product": {"ms": 1.0}, "copy": {"GB/s": 1.0}})
-    assert check.os.environ["NTKFAST_PATH"] == ""
+    assert os.environ["NTKFAST_PATH"] == ""
 
 
 def test_a_wrong_answer_is_not_timed(check, gpu, tmp_path, monkeypatch):
