@@ -101,7 +101,7 @@ struct FusedWork {
     }
     void operator()(const ProductTile<A>& p) {
         Tile t = whole;
-        t.products = p.c, t.stride = p.ldc, t.rows = p.rows, t.cols = p.cols;
+        t.products = p.c, t.stride = p.ldc, t.apart = true, t.rows = p.rows, t.cols = p.cols;
         t.i = moved(whole.i, p.i0), t.j = moved(whole.j, p.j0);
         // Only the tiles that the diagonal crosses know of it.
         const Index diagonal = whole.diagonal == INT64_MIN ? INT64_MIN : whole.diagonal + p.j0 - p.i0;

@@ -62,6 +62,7 @@ struct Tile {
     Points i, j;
     std::int64_t diagonal;  // the pair (i, j) is one point if i == j + diagonal; INT64_MIN: never
     bool stream;            // results past the caches, see write.h
+    bool apart;             // no result is where its product was: its line is in no cache
     double close;           // pairs with 1 - |rho| below this get their angle from differences
     const Output* outputs;  // (n_outputs,)
     int n_outputs;
