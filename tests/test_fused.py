@@ -111,6 +111,11 @@ def test_the_route_is_chosen_by_one_function(monkeypatch):
         monkeypatch.setenv("NTKFAST_GEMM", route)
         nf.gram(nf.resnet(2), points(50, 3, 56))
         assert set(calls) == {route}
+    monkeypatch.delenv("NTKFAST_GEMM")
+    for n, m, d, expected in ((64, 64, 128, "fused"), (64, 64, 129, "blas"), (1, 500, 3, "blas"), (50, 40, 7, "fused")):
+        calls.clear()
+        nf.gram(nf.resnet(2), points(n, d, 56), points(m, d, 57))
+        assert set(calls) == {expected}
     monkeypatch.setenv("NTKFAST_GEMM", "cublas")
     with pytest.raises(ValueError, match="use blas or fused"):
         nf.gram(nf.resnet(2), np.eye(3))
