@@ -243,15 +243,25 @@ class PackedHolder {
         const Matrix m = matrix_of(x, false);
         const ntk::Kernels& k = ntk::kernels();
         single = m.single;
-        py::gil_scoped_release release;
-        memory_.reset((single ? k.pack32 : k.pack64)(m.data, m.rows, m.cols, m.stride));
-        enough(memory_ != nullptr);
+        // In parts of some hundredths of a second, between which Ctrl-C is heard.
+        const std::int64_t fit = kPart / (m.cols > 0 ? m.cols : 1), step = fit / ntk::kPanelUnit * ntk::kPanelUnit + ntk::kPanelUnit;
+        for (std::int64_t first = 0; first == 0 || first < m.rows; first += step) {
+            {
+                py::gil_scoped_release release;
+                const std::int64_t last = first + step < m.rows ? first + step : m.rows;
+                void* made = (single ? k.pack32 : k.pack64)(m.data, m.rows, m.cols, m.stride, first, last, memory_.get());
+                if (!memory_) memory_.reset(made);
+            }
+            enough(memory_ != nullptr);
+            if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        }
         rows = {memory_.get(), m.rows, m.cols};
     }
     ntk::PackedRows rows{};
     bool single;
 
    private:
+    static constexpr std::int64_t kPart = 4 << 20;  // numbers
     std::unique_ptr<void, void (*)(void*)> memory_{nullptr, std::free};
 };
 

@@ -148,8 +148,11 @@ bool fused32(const Plan& plan, const FusedTile& f) {
 }
 
 template <class T>
-void* pack(const void* x, std::int64_t n, std::int64_t d, std::int64_t stride) {
-    return Packed<T>(static_cast<const T*>(x), n, d, stride).panels.release();
+void* pack(const void* x, std::int64_t n, std::int64_t d, std::int64_t stride, std::int64_t first, std::int64_t last,
+           void* panels) {
+    if (!panels) panels = Pages<T>(round_up(n, kWide<T>) * d).release();
+    if (panels) pack_rows(static_cast<const T*>(x), n, d, stride, first, last, static_cast<T*>(panels));
+    return panels;
 }
 
 template <class T>

@@ -110,8 +110,11 @@ struct Kernels {
     const char* isa;
     bool (*tile64)(const Plan&, const Tile&);
     bool (*tile32)(const Plan&, const Tile&);
-    void* (*pack64)(const void* x, std::int64_t n, std::int64_t d, std::int64_t stride);  // null: no memory
-    void* (*pack32)(const void* x, std::int64_t n, std::int64_t d, std::int64_t stride);
+    // Rows first .. last of x (n, stride), first a multiple of kPanelUnit, into panels, which are made if null. Null: no memory
+    void* (*pack64)(const void* x, std::int64_t n, std::int64_t d, std::int64_t stride, std::int64_t first, std::int64_t last,
+                    void* panels);
+    void* (*pack32)(const void* x, std::int64_t n, std::int64_t d, std::int64_t stride, std::int64_t first, std::int64_t last,
+                    void* panels);
     bool (*fused64)(const Plan&, const FusedTile&);
     bool (*fused32)(const Plan&, const FusedTile&);
     bool (*pairs64)(const Plan&, const Pairs&);

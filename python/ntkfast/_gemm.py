@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 #: One pass packs its rows first, d numbers a row, while a row of products takes d min(n, m) operations: rows longer
-#: than this times the shorter side go to the BLAS. Time of gram in one pass over that by the BLAS, depth 10, CPU time of
-#: one thread, float64 / float32, OpenBLAS with the kernels it chooses (SkylakeX) and with OPENBLAS_CORETYPE=HASWELL:
+#: than this times the shorter side go to the BLAS. Time of gram in one pass over that by the BLAS, depth 10, CPU time
+#: of one thread, float64 / float32, OpenBLAS with the kernels it chooses (SkylakeX) and with OPENBLAS_CORETYPE=HASWELL:
 #:     n x m, d              d / min(n, m)   SkylakeX       Haswell
 #:     4096 x 4096, 64       0.02            0.70 / 0.73    0.65 / 0.69
 #:     4096 x 4096, 784      0.2             0.84 / 0.78    0.65 / 0.62
