@@ -1,4 +1,4 @@
-// The only files that know Python: this one and holders.h. Releases the GIL, calls the kernels.
+// The only files that know Python: this one, holders.h, arrays.h. Releases the GIL, calls the kernels.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -11,51 +11,16 @@
 #include <string>
 #include <vector>
 
+#include "arrays.h"
 #include "cpu/kernels.h"
 #include "table_compiler.h"
 
-namespace py = pybind11;
-
 namespace {
-
-using Doubles = py::array_t<double, py::array::c_style>;
-using Ints = py::array_t<int, py::array::c_style>;
 
 const ntk::Kernels& kernels(const std::string& isa) {
     if (isa.empty()) return ntk::kernels();
     if (const ntk::Kernels* k = ntk::kernels_of(isa.c_str())) return *k;
     throw std::runtime_error("instruction set " + isa + " is not available here");
-}
-
-void require(bool condition, const char* what) {
-    if (!condition) throw std::invalid_argument(what);
-}
-
-// MemoryError in Python; also without the GIL.
-void enough(bool memory) {
-    if (!memory) throw std::bad_alloc();
-}
-
-const double* vector_of(const Doubles& a, py::ssize_t n) {
-    require(a.ndim() == 1 && a.shape(0) == n, "a per-row array has the wrong length");
-    return a.data();
-}
-
-// A float32 or float64 matrix whose rows are contiguous.
-struct Matrix {
-    void* data;
-    std::int64_t rows, cols, stride;
-    bool single;
-};
-Matrix matrix_of(const py::array& a, bool write) {
-    require(a.ndim() == 2, "a matrix is needed");
-    const bool single = py::isinstance<py::array_t<float>>(a);
-    require(single || py::isinstance<py::array_t<double>>(a), "float32 or float64 is needed");
-    const py::ssize_t item = a.itemsize();
-    require(a.size() == 0 || a.shape(1) == 1 || a.strides(1) == item, "rows must be contiguous");
-    require(a.size() == 0 || a.strides(0) % item == 0, "the row stride must be a multiple of the item size");
-    require(!write || a.writeable(), "the array is read-only");
-    return {const_cast<void*>(a.data()), a.shape(0), a.shape(1), a.strides(0) / item, single};
 }
 
 // Owns what an ntk::Plan points to.
@@ -172,15 +137,25 @@ class PackedHolder {
         const Matrix m = matrix_of(x, false);
         const ntk::Kernels& k = ntk::kernels();
         single = m.single;
-        py::gil_scoped_release release;
-        memory_.reset((single ? k.pack32 : k.pack64)(m.data, m.rows, m.cols, m.stride));
-        enough(memory_ != nullptr);
+        // In parts of some hundredths of a second, between which Ctrl-C is heard.
+        const std::int64_t fit = kPart / (m.cols > 0 ? m.cols : 1), step = fit / ntk::kPanelUnit * ntk::kPanelUnit + ntk::kPanelUnit;
+        for (std::int64_t first = 0; first == 0 || first < m.rows; first += step) {
+            {
+                py::gil_scoped_release release;
+                const std::int64_t last = first + step < m.rows ? first + step : m.rows;
+                void* made = (single ? k.pack32 : k.pack64)(m.data, m.rows, m.cols, m.stride, first, last, memory_.get());
+                if (!memory_) memory_.reset(made);
+            }
+            enough(memory_ != nullptr);
+            if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        }
         rows = {memory_.get(), m.rows, m.cols};
     }
     ntk::PackedRows rows{};
     bool single;
 
    private:
+    static constexpr std::int64_t kPart = 4 << 20;  // numbers
     std::unique_ptr<void, void (*)(void*)> memory_{nullptr, std::free};
 };
 

@@ -95,6 +95,12 @@ def test_hard_rows(dtype, monkeypatch):
     np.testing.assert_array_equal(view, plain)
 
 
+def test_rows_packed_in_parts(monkeypatch):
+    # more numbers than one part: 4 million
+    for dtype in DTYPES:
+        agree(monkeypatch, nf.resnet(2), points(230, 40_000, 60), dtype=dtype)
+
+
 @pytest.mark.parametrize("shape", [(1, 700), (700, 1), (2, 389), (13, 1201)])
 def test_rectangles(shape, monkeypatch):
     n, m = shape
@@ -111,6 +117,11 @@ def test_the_route_is_chosen_by_one_function(monkeypatch):
         monkeypatch.setenv("NTKFAST_GEMM", route)
         nf.gram(nf.resnet(2), points(50, 3, 56))
         assert set(calls) == {route}
+    monkeypatch.delenv("NTKFAST_GEMM")
+    for n, m, d, expected in ((64, 64, 128, "fused"), (64, 64, 129, "blas"), (1, 500, 3, "blas"), (50, 40, 7, "fused")):
+        calls.clear()
+        nf.gram(nf.resnet(2), points(n, d, 56), points(m, d, 57))
+        assert set(calls) == {expected}
     monkeypatch.setenv("NTKFAST_GEMM", "cublas")
     with pytest.raises(ValueError, match="use blas or fused"):
         nf.gram(nf.resnet(2), np.eye(3))
@@ -231,7 +242,7 @@ static int check(const Plan& plan, Index n, Index m, Index d, bool symmetric, bo
     t.diagonal = symmetric ? 0 : INT64_MIN;
     out.data = one, out.mirror = symmetric ? one : nullptr, t.products = one, t.stride = m;
     int bad = !kernels(NTK_ISA::tile<double>, NTK_ISA::tile<float>)(plan, t);
-    void *px = NTK_ISA::pack<T>(x, n, d, d), *py = NTK_ISA::pack<T>(y, m, d, d);
+    void *px = NTK_ISA::pack<T>(x, n, d, d, 0, n, nullptr), *py = NTK_ISA::pack<T>(y, m, d, d, 0, m, nullptr);
     out.data = two, out.mirror = symmetric ? two : nullptr, t.products = nullptr, t.wide = wide;
     FusedTile f{{px, n, d}, {py, m, d}, 0, 0, t, {}};
     bad += !kernels(NTK_ISA::fused64, NTK_ISA::fused32)(plan, f);

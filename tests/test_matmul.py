@@ -141,7 +141,8 @@ def test_arguments_of_the_door():
 
     call((v, sums, v, sums))
     for columns in ((v[:, 1:], sums, v, sums), (v, sums[:1], v, sums), (v, sums, v, None), (v, sums, v[:1], sums),
-                    (v.astype(np.float32), sums, v, sums), (v[:0], sums[:0], None, None), (v, sums, v, sums[:, :-1])):  # fmt: skip
+                    (v.astype(np.float32), sums, v, sums), (v[:0], sums[:0], None, None),
+                    (v, sums, v, sums[:, :-1])):  # fmt: skip
         with pytest.raises(ValueError):
             call(columns)
     with pytest.raises(ValueError):
@@ -159,7 +160,8 @@ for dtype in (np.float64, np.float32):
     for n, d, c in ((1, 1, 1), (49, 3, 4), (211, 40, 7), (450, 170, 9)):
         X, V = rng.standard_normal((n, d)).astype(dtype), rng.standard_normal((n, c))
         K = nf.gram(nf.resnet(3), X).astype(float)
-        print(np.max(np.abs(nf.gram_matmul(nf.resnet(3), X, V) - K @ V) / (np.abs(K) @ np.abs(V))) / np.finfo(dtype).eps)
+        error = np.abs(nf.gram_matmul(nf.resnet(3), X, V) - K @ V) / (np.abs(K) @ np.abs(V))
+        print(np.max(error) / np.finfo(dtype).eps)
 """
     errors = [float(line) for line in fresh_python(code, NTKFAST_ISA=isa).split()]
     assert len(errors) == 8

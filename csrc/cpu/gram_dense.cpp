@@ -102,7 +102,7 @@ struct FusedWork {
     }
     void operator()(const ProductTile<A>& p) {
         Tile t = whole;
-        t.products = p.c, t.stride = p.ldc, t.rows = p.rows, t.cols = p.cols;
+        t.products = p.c, t.stride = p.ldc, t.apart = true, t.rows = p.rows, t.cols = p.cols;
         t.i = moved(whole.i, p.i0), t.j = moved(whole.j, p.j0);
         // Only the tiles that the diagonal crosses know of it.
         const Index diagonal = whole.diagonal == INT64_MIN ? INT64_MIN : whole.diagonal + p.j0 - p.i0;
@@ -149,8 +149,11 @@ bool fused32(const Plan& plan, const FusedTile& f) {
 }
 
 template <class T>
-void* pack(const void* x, std::int64_t n, std::int64_t d, std::int64_t stride) {
-    return Packed<T>(static_cast<const T*>(x), n, d, stride).panels.release();
+void* pack(const void* x, std::int64_t n, std::int64_t d, std::int64_t stride, std::int64_t first, std::int64_t last,
+           void* panels) {
+    if (!panels) panels = Pages<T>(round_up(n, kWide<T>) * d).release();
+    if (panels) pack_rows(static_cast<const T*>(x), n, d, stride, first, last, static_cast<T*>(panels));
+    return panels;
 }
 
 template <class T>

@@ -62,6 +62,7 @@ struct Tile {
     Points i, j;
     std::int64_t diagonal;  // the pair (i, j) is one point if i == j + diagonal; INT64_MIN: never
     bool stream;            // results past the caches, see write.h
+    bool apart;             // no result is where its product was: its line is in no cache
     double close;           // pairs with 1 - |rho| below this get their angle from differences
     const Output* outputs;  // (n_outputs,)
     int n_outputs;
@@ -121,8 +122,11 @@ struct Kernels {
     const char* isa;
     bool (*tile64)(const Plan&, const Tile&);
     bool (*tile32)(const Plan&, const Tile&);
-    void* (*pack64)(const void* x, std::int64_t n, std::int64_t d, std::int64_t stride);  // null: no memory
-    void* (*pack32)(const void* x, std::int64_t n, std::int64_t d, std::int64_t stride);
+    // Rows first .. last of x (n, stride), first a multiple of kPanelUnit, into panels, which are made if null. Null: no memory
+    void* (*pack64)(const void* x, std::int64_t n, std::int64_t d, std::int64_t stride, std::int64_t first, std::int64_t last,
+                    void* panels);
+    void* (*pack32)(const void* x, std::int64_t n, std::int64_t d, std::int64_t stride, std::int64_t first, std::int64_t last,
+                    void* panels);
     bool (*fused64)(const Plan&, const FusedTile&);
     bool (*fused32)(const Plan&, const FusedTile&);
     bool (*pairs64)(const Plan&, const Pairs&);

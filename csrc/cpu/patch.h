@@ -225,8 +225,8 @@ void write_slice(const Tile& t, int slice, std::int64_t i0, std::int64_t j0, int
             s.result[i * kCols + j] = T(s.cov[i * kCols + j] * out.fi[i0 + i] * out.fj[j0 + j] + constant);
     T* data = static_cast<T*>(out.data) + slice * out.slice_stride + i0 * out.stride + j0;
     T* mirror = out.mirror ? static_cast<T*>(out.mirror) + slice * out.slice_stride + j0 * out.mirror_stride + i0 : nullptr;
-    write_patch(s.result, rows, cols, below, data, out.stride, mirror, out.mirror_stride, t.stream,
-                s.turned);
+    write_patch(s.result, rows, cols, below, data, out.stride, mirror, out.mirror_stride, t.stream && t.apart,
+                t.stream, s.turned);
 }
 
 // What every layer added itself and did to earlier Grams, for layer_grams.
@@ -372,7 +372,7 @@ void patch(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, bo
         const Output& out = t.outputs[o];
         T* mirror = out.mirror ? static_cast<T*>(out.mirror) + j0 * out.mirror_stride + i0 : nullptr;
         write_patch(w.results.data + o * kPatch * kCols, p.rows, p.cols, p.below, static_cast<T*>(out.data) + i0 * out.stride + j0,
-                    out.stride, mirror, out.mirror_stride, t.stream, w.scratch.data->turned);
+                    out.stride, mirror, out.mirror_stride, t.stream && t.apart, t.stream, w.scratch.data->turned);
     }
 }
 

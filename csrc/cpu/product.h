@@ -95,6 +95,13 @@ void pack_panel(const T* x, Index stride, Index rows, Index d, T* panel) {
         }
 }
 
+// Rows first .. last of x (n, stride) to their places among all panels.
+template <class T>
+void pack_rows(const T* x, Index n, Index d, Index stride, Index first, Index last, T* panels) {
+#pragma omp parallel for schedule(static)
+    for (Index i = first; i < last; i += kWide<T>) pack_panel(x + i * stride, stride, n - i, d, panels + i * d);
+}
+
 // Packed rows: those of a Packed, or a part of them that begins at a multiple of kWide.
 template <class T>
 struct Panels {
@@ -110,10 +117,7 @@ struct Packed {
     // x (n, stride); data is null if there was no memory
     __attribute__((always_inline)) inline Packed(const T* x, Index rows, Index dim, Index stride)
         : n(rows), d(dim), panels(round_up(rows, kWide<T>) * dim) {
-        if (!panels.data) return;
-        T* to = panels.data;
-#pragma omp parallel for schedule(static)
-        for (Index i = 0; i < rows; i += kWide<T>) pack_panel(x + i * stride, stride, rows - i, dim, to + i * dim);
+        if (panels.data) pack_rows(x, rows, dim, stride, 0, rows, panels.data);
     }
 };
 

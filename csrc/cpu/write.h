@@ -25,12 +25,12 @@ NTK_INLINE void write_row(const T* from, Index count, T* to, bool stream) {
 // tile). turned: (kLanes, kPatch) room.
 template <class T>
 void write_patch(const T* result, int rows, int cols, Index below, T* out, Index stride, T* mirror, Index mirror_stride,
-                 bool stream, T* turned) {
+                 bool stream_rows, bool stream, T* turned) {
     constexpr int n = kLanes<T>;
     const bool triangle = mirror && below != INT64_MIN;
     for (int i = 0; i < rows; ++i) {
         const Index first = triangle && below + i > 0 ? below + i : 0;
-        if (first < cols) write_row(result + i * kCols + first, cols - first, out + i * stride + first, false);
+        if (first < cols) write_row(result + i * kCols + first, cols - first, out + i * stride + first, stream_rows);
     }
     if (!mirror) return;
     for (int start = 0; start < cols; start += n) {

@@ -89,8 +89,8 @@ def gram(
     TypeError
         dtype that is not real (float16 and complex included), X and Y of different dtypes.
     ValueError
-        Wrong shape, entries not finite (names the first bad row), unknown ``get``, ``accumulate`` or ``device``, arrays on different
-        devices or not on ``device``; a Hermite expansion that does not reach its tolerance.
+        Wrong shape, entries not finite (names the first bad row), unknown ``get``, ``accumulate`` or ``device``, arrays
+        on different devices or not on ``device``; a Hermite expansion that does not reach its tolerance.
     OverflowError
         The result does not fit in its dtype; ``normalize=True`` may.
     OutOfMemoryError

@@ -193,6 +193,7 @@ def KernelOperator(
 
     def times(V: Any) -> Array:
         view = _columns(V, n)
-        return multiplier.times(view) + kind.type(ridge) * view.astype(kind)
+        product: Array = multiplier.times(view) + view.astype(kind) * kind.type(ridge)
+        return product
 
     return LinearOperator((n, n), matvec=times, rmatvec=times, matmat=times, rmatmat=times, dtype=kind)
