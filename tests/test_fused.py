@@ -101,6 +101,23 @@ def test_rows_packed_in_parts(monkeypatch):
         agree(monkeypatch, nf.resnet(2), points(230, 40_000, 60), dtype=dtype)
 
 
+@pytest.mark.parametrize("accumulate", [None, "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_close_pairs_by_table(dtype, accumulate, monkeypatch):
+    """The recursion takes angles of close pairs from differences, too; 1 - rho would be wrong by eps / angle."""
+    net, X = nf.resnet(3), points(210, 9, 61)
+    angle = 1e-6 if dtype == np.float64 else 1e-3
+    X[100:150] = X[:50] + angle * points(50, 9, 62)
+    X[150:200] = -X[:50] + angle * points(50, 9, 63)
+    X, found = X.astype(dtype), []
+    for path, sums in (("recursion", None), ("table", accumulate)):
+        monkeypatch.setenv("NTKFAST_PATH", path)
+        found.append([nf.gram(net, X, accumulate=sums), nf.gram(net, X, X[::-1], accumulate=sums)])
+    for k, other in enumerate((None, X[::-1].astype(np.float64))):
+        scale = scales(net, X.astype(np.float64), other, "ntk")
+        assert_close(found[1][k], found[0][k].astype(np.float64), scale, BOUND * float(np.finfo(dtype).eps))
+
+
 @pytest.mark.parametrize("shape", [(1, 700), (700, 1), (2, 389), (13, 1201)])
 def test_rectangles(shape, monkeypatch):
     n, m = shape
