@@ -222,3 +222,12 @@ def test_networks_are_frozen():
         net.layers = ()
     with pytest.raises(AttributeError):
         net.layers[0].gain = 3.0
+
+
+@pytest.mark.parametrize("get", ["ntk", "nngp", "last_hidden"])
+def test_an_outer_bias_without_skip(get):
+    """Parallel points do not stay parallel there, although the activation alone would keep them so."""
+    X = np.array([[1.0, 0.0], [-0.8, 0.6], [3.0, 4.0], [-2.0, 0.0], [2.0, 0.0]])
+    layer = nf.Bottleneck("relu", scale=1.0, skip=0.0, outer_bias_variance=0.5)
+    for net in (nf.Network([layer]), nf.Network([layer, nf.Dense("relu"), layer])):
+        np.testing.assert_allclose(nf.gram(net, X, get=get), reference.gram(net, X, get=get), rtol=1e-12, atol=1e-13)

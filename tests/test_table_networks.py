@@ -135,6 +135,7 @@ def test_sizes(n, path):
 @pytest.mark.parametrize("side", [33, 64])
 def test_tiles(side, path, monkeypatch):
     monkeypatch.setattr(_tiles, "SIDE", side)
+    monkeypatch.setattr(_tiles, "FUSED_SIDE", side)
     for dtype in DTYPES:
         check_both(path, nf.resnet(5), points(200).astype(dtype))
         check_both(path, nf.resnet(5), points(200).astype(dtype), points(131, seed=1).astype(dtype))

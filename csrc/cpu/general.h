@@ -1,6 +1,6 @@
 // Layers with biases or without homogeneity over one block, in double.
 //
-// Every layer makes three passes over one row of the block (128 pairs, in L1): correlations of the pre-activations,
+// Every layer makes three passes over one row of the block (192 pairs, in L1): correlations of the pre-activations,
 // expectations of the activation, new state. Row numbers are advanced with the layers, so nothing grows with depth.
 #pragma once
 #include "../math/pair.h"

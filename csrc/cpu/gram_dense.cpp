@@ -177,7 +177,7 @@ bool pairs(const Plan& plan, const Pairs& p) {
                 s.block.s[k] = k < n ? T(p.s[start + k]) : T(1);
                 store(s.block.theta, s.block.theta_low, k, widen(0.0, T(0)));
             }
-            homogeneous_block<T>(plan, s.block, n, plan.n_suffix == 0, nullptr, 0);
+            homogeneous_block<T>(plan, s.block, 0, n, plan.n_suffix == 0, nullptr, 0);
             if (plan.n_suffix) {
                 start_rows(plan, p.norm_i, start, n, s.ri);
                 start_rows(plan, p.norm_j, start, n, s.rj);

@@ -62,15 +62,15 @@ static void homogeneous_last(const T* x, const T* s, T* last, int n, const Homog
     for (int k = 0; k < n; ++k) last_pair(x, s, last, k, l, w);
 }
 
-// The whole prefix over the first n pairs of a block. own: (n_prefix, 3, own_stride) own_w, own_v, growth of
+// The whole prefix over n pairs of a block, from `first` on. own: (n_prefix, 3, own_stride) own_w, own_v, growth of
 // every layer for layer_grams, or null. last: the Gram of the last inner matrix is wanted.
 template <class T>
-static void homogeneous_block(const Plan& plan, Block<T>& b, int n, bool last, T* own,
+static void homogeneous_block(const Plan& plan, Block<T>& b, int first, int n, bool last, T* own,
                               std::int64_t own_stride) {
     // Whole vectors: the pairs after n hold finite leftovers.
-    n = (n + 15) & ~15;
-    for (int start = 0; start < n; start += kChunk) {
-        const int size = n - start < kChunk ? n - start : kChunk;
+    const int end = first + ((n + 15) & ~15);
+    for (int start = first; start < end; start += kChunk) {
+        const int size = end - start < kChunk ? end - start : kChunk;
         Chunk<T> c{b.x + start, b.x_low + start, b.s + start, b.theta + start, b.theta_low + start, nullptr, nullptr,
                    nullptr, size};
         for (int h = 0; h < plan.n_prefix; ++h) {

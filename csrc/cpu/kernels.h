@@ -131,7 +131,7 @@ struct Kernels {
     bool (*fused32)(const Plan&, const FusedTile&);
     bool (*pairs64)(const Plan&, const Pairs&);
     bool (*pairs32)(const Plan&, const Pairs&);
-    // as pairs64 with sums that keep their rounding errors, for the compiler of tables
+    // as pairs64, for the compiler of tables; sums of the prefix keep their rounding errors
     bool (*nodes)(const Plan&, const Pairs&);
     // out[k] = the compiled kernel of (x[k], s[k])
     void (*table64)(const Table<double>&, std::int64_t n, const double* x, const double* s, double* out);

@@ -329,7 +329,10 @@ void block(const Plan& plan, const Tile& t, std::int64_t i0, std::int64_t j0, in
     if (table) return table_results(t, i0, j0, rows, cols, s.block, results);
     bool last = false;
     for (int o = 0; o < t.n_outputs; ++o) last = last || t.outputs[o].last != 0.0;
-    homogeneous_block(plan, s.block, rows * kCols, last && plan.n_suffix == 0, own.prefix, own.stride);
+    // Narrow blocks row by row: what lies beyond their columns costs as much as they do.
+    const int run = cols > kCols / 2 ? rows * kCols : cols;
+    for (int first = 0; first < rows * kCols; first += run == cols ? kCols : run)
+        homogeneous_block(plan, s.block, first, run, last && plan.n_suffix == 0, own.prefix, own.stride);
     if (plan.n_suffix) {
         start_rows(plan, t.i.norm, i0, rows, s.ri);
         start_rows(plan, t.j.norm, j0, cols, s.rj);

@@ -245,7 +245,7 @@ struct Grid {
     __attribute__((always_inline)) inline Index count() const { return symmetric ? rows() * (rows() + 1) / 2 : rows() * cols(); }
 };
 
-// Equal sides of at most kSide; shorter ones until every thread gets a few tiles.
+// Equal sides of at most kSide; shorter ones until every one of several threads gets a few tiles.
 template <class A>
 Grid grid_of(Index n, Index m, bool symmetric, int threads) {
     Index most = kSide<A>;
@@ -253,7 +253,7 @@ Grid grid_of(Index n, Index m, bool symmetric, int threads) {
         Grid g{n, m, most, most, symmetric};
         if (n > 0) g.side_i = round_up((n + g.rows() - 1) / g.rows(), kWide<float>);
         if (m > 0) g.side_j = round_up((m + g.cols() - 1) / g.cols(), kWide<float>);
-        if (g.count() >= 4 * threads || most <= kLeastSide) return g;
+        if (threads == 1 || g.count() >= 4 * threads || most <= kLeastSide) return g;
     }
 }
 

@@ -28,7 +28,7 @@ NTK_INLINE Reduced reduce(double x) {
 
 // 2^n for integer |n| <= 1022
 NTK_INLINE double power_of_two(double n) {
-    return from_bits((bits(n + 6755399441055744.0) << 52) + 0x3ff0000000000000LL);
+    return from_bits((long long)((unsigned long long)bits(n + 6755399441055744.0) << 52) + 0x3ff0000000000000LL);
 }
 
 NTK_INLINE double clamp_exponent(double x) {

@@ -144,7 +144,7 @@ struct PointState {
 };
 
 // The state after one layer, given the expectations u of the activation.
-//   exact: a homogeneous activation without skip keeps parallel points parallel: its own 1 - |rho| (PairNumbers.gap);
+//   exact: a homogeneous activation without skip and outer bias keeps parallel points parallel: its own 1 - |rho| (PairNumbers.gap);
 //   close: half the squared distance (sum, for side = -1), a sum of small terms, less what the norms contribute;
 //   far:   the covariance itself, right relative to the norms however different they are (1 - |rho| to eps).
 NTK_INLINE GeneralTerms general_step(const GeneralLayer& l, GeneralState& p, PairNumbers u, const RowNumbers& i,
@@ -162,7 +162,7 @@ NTK_INLINE GeneralTerms general_step(const GeneralLayer& l, GeneralState& p, Pai
     double cross = l.p * l.q * (a.mean - u.side * b.mean) * (i.mu - u.side * j.mu);
     half = fma_(l.p * l.p, half, cross) + fma_(l.r, u.w, (1.0 - u.side) * l.vb);
     double far = fma_(l.p * l.p, cov, l.p * l.q * fma_(a.mean, j.mu, b.mean * i.mu)) + fma_(l.r, u.q, l.vb);
-    bool exact = l.p == 0.0 && u.gap >= 0.0, close = half < 0.25 * next_n;
+    bool exact = l.p == 0.0 && l.vb == 0.0 && u.gap >= 0.0, close = half < 0.25 * next_n;
     // One factor at a time: the product of two inverses may overflow where the variances are tiny.
     double gap = exact ? l.r * u.gap : half - 0.5 * next_dn * next_dn;
     double x = exact || close ? gap * a.next_inv * b.next_inv : 1.0 - abs_(far) * a.next_inv * b.next_inv;

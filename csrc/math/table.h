@@ -50,7 +50,7 @@ NTK_INLINE int table_bin(const TablePanels<T>& t, T y, bool negative) {
 
 // The compiled kernel of a pair with 1 - |rho| = x; TERMS is t.terms.
 //   domain  0 <= x <= 1, NaN stays NaN
-//   error   what the compiler of the table verified (csrc/table_compiler.h), relative to max |f|
+//   error   what the compiler of the table verified (csrc/table_compiler.h), relative to |f|, or to max |f| / 10
 //   cost    from memory: TERMS coefficients, a centre, a byte; one square root
 template <int TERMS, class T>
 NTK_INLINE T table_value(const TablePanels<T>& t, T x, bool negative) {

@@ -82,7 +82,7 @@ class Problem:
         if path.tables is not None:
             return 1.0
         one = 1.5 * self.compiled.layers + 12.0 * self.compiled.suffix_layers
-        return max(1.0, one * (1 if self.compiled.table_bytes == 0 else 4)) / _core.threads()
+        return max(1.0, one * (1 if self.compiled.table_bytes == 0 else 10)) / _core.threads()
 
 
 def _unit(compiled: Compiled, mix: Mix, single: bool, table: Any) -> float:

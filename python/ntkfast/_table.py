@@ -22,7 +22,7 @@ from ntkfast.network import Network
 Vector = NDArray[np.float64]
 
 #: Norms that differ by less than this many eps of the dtype are one norm: rows divided by their norm once.
-_EQUAL = 8.0
+_EQUAL = 3.0
 #: Tables kept: about 5 kB each.
 _KEPT = 256
 
@@ -69,7 +69,8 @@ def _common_norm(compiled: Compiled, norms: Sequence[Vector], dtype: np.dtype[An
     spread = _EQUAL * float(np.finfo(dtype).eps)
     if not low > 0 or high - low > spread * high:
         return None
-    return 1.0 if abs(low - 1.0) <= spread and abs(high - 1.0) <= spread else 0.5 * (low + high)
+    middle = 0.5 * (low + high)
+    return 1.0 if abs(middle - 1.0) <= 0.5 * spread else middle
 
 
 @lru_cache(maxsize=_KEPT)
