@@ -13,6 +13,7 @@ from typing import Any as _Any
 from ntkfast import _core
 from ntkfast._arrays import OutOfMemoryError
 from ntkfast.activation import Activation
+from ntkfast.convolution import ConvNetwork, conv_net, conv_resnet
 from ntkfast.empirical import WidthCheck, check_against_network, empirical_ntk
 from ntkfast.finite import FiniteNetwork, init
 from ntkfast.gram import diagonal, gram, layer_grams
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Activation",
     "Bottleneck",
+    "ConvNetwork",
     "Dense",
     "FiniteNetwork",
     "LayerFactors",
@@ -37,6 +39,8 @@ __all__ = [
     "WidthCheck",
     "bottleneck_resnet",
     "check_against_network",
+    "conv_net",
+    "conv_resnet",
     "diagonal",
     "empirical_ntk",
     "fixed_readout_resnet",
