@@ -70,4 +70,8 @@ def pair(net, x, y, digits=40):
             S, T = next_S, next_T
         scale = mpf(net.readout.weight_variance) / (len(positions) ** 2 if pooled else 1)
         total = {k: scale * mp.fsum(v.values()) for k, v in (("T", T), ("S", S), ("own", own))}
-        return {"ntk": total["T"] + int(net.readout.trained) * total["S"], "nngp": total["S"], "last_hidden": total["own"]}
+        return {
+            "ntk": total["T"] + int(net.readout.trained) * total["S"],
+            "nngp": total["S"],
+            "last_hidden": total["own"],
+        }

@@ -87,15 +87,15 @@ NTK_INLINE FastLayer<T> fast_layer(const GeneralLayer& l) {
             T(0.5 * (1.0 - l.slope) * (1.0 - l.slope)), T(l.slope), l.slope == -1.0};
 }
 
-// One row of a layer. e, m, f, roots: of the window; E, M: the state, in place; sum_m, sum_s, sum_own: (span,) totals of the
-// last layer.
+// Rows of a layer, one vector after the other. e, m, roots: of the window; E, M: the state, in place; sum_m, sum_s, sum_own:
+// (span,) totals of the last layer. step, step_j, stride: between rows of the first image, of the second, of the state.
 template <class T>
-struct FastRow {
+struct FastRows {
     const T *e, *m;
     const T *root_i, *inv_i, *root_j, *inv_j, *mean_i, *mean_j, *half_i, *half_j;
     T *E, *M;
     T *sum_m, *sum_s, *sum_own;
-    int n;
+    int step, step_j, stride, rows;
 };
 
 template <class T>
@@ -133,41 +133,46 @@ NTK_INLINE T signed_cosine(T x) {
 }
 
 template <bool FIRST, bool SKIP, bool LAST, class T>
-NTK_INLINE void fast_position(const FastLayer<T>& l, const FastRow<T>& a, T trained, int c) {
+NTK_INLINE void fast_position(const FastLayer<T>& l, const FastRows<T>& a, T trained, int column, int c, int j, int at) {
     const T e = a.e[c], f = a.m[c];
-    const FastTerms<T> t = FIRST ? fast_first(l, e, f, a.root_i[c], a.inv_i[c], a.root_j[c], a.inv_j[c])
-                                 : fast_terms(l, e, a.root_i[c], a.inv_i[c], a.root_j[c], a.inv_j[c]);
+    const FastTerms<T> t = FIRST ? fast_first(l, e, f, a.root_i[c], a.inv_i[c], a.root_j[j], a.inv_j[j])
+                                 : fast_terms(l, e, a.root_i[c], a.inv_i[c], a.root_j[j], a.inv_j[j]);
     const T m = FIRST ? trained * T(0.5) * (f - e) : f;
     T s = l.r * t.q;
     T state = l.r * t.eq;
     T kernel = l.r * t.d * m;
     if (SKIP) {
-        const T bi = a.mean_i[c], bj = a.mean_j[c];
-        s = fma_(l.cross, fma_(bi, a.root_j[c], bj * a.root_i[c]), s);
-        kernel = fma_(l.skip, a.M[c], kernel);
-        state = fma_(l.skip, a.E[c], fma_(l.cross * (bi - bj), t.difference, state));
+        const T bi = a.mean_i[c], bj = a.mean_j[j];
+        s = fma_(l.cross, fma_(bi, a.root_j[j], bj * a.root_i[c]), s);
+        kernel = fma_(l.skip, a.M[at], kernel);
+        state = fma_(l.skip, a.E[at], fma_(l.cross * (bi - bj), t.difference, state));
     }
     kernel += s;
     if (LAST) {
-        if (SKIP) s = fma_(l.skip, (a.half_i[c] + a.half_j[c]) - a.E[c], s);
+        if (SKIP) s = fma_(l.skip, (a.half_i[c] + a.half_j[j]) - a.E[at], s);
         const T cosine = FIRST ? signed_cosine(t.x) : T(1) - t.x;
-        a.sum_m[c] += kernel, a.sum_s[c] += s, a.sum_own[c] += l.r * t.d * (t.n * cosine);
+        a.sum_m[column] += kernel, a.sum_s[column] += s, a.sum_own[column] += l.r * t.d * (t.n * cosine);
     } else {
-        a.E[c] = at_least(state, T(0)), a.M[c] = kernel;
+        a.E[at] = at_least(state, T(0)), a.M[at] = kernel;
     }
 }
 template <bool FIRST, bool SKIP, bool LAST, class T>
-static void fast_row(const FastLayer<T>& layer, const FastRow<T>& row, T trained) {
+__attribute__((noinline)) static void fast_rows(const FastLayer<T>& layer, const FastRows<T>& rows, T trained) {
     const FastLayer<T> l = layer;
-    const FastRow<T> a = row;
+    const FastRows<T> a = rows;
+    for (int r = 0; r < a.rows; ++r)
+        for (int start = 0; start < a.step; start += kLanes<T>) {
+            const int c = r * a.step + start, j = r * a.step_j + start, at = r * a.stride + start;
 #pragma omp simd
-    for (int c = 0; c < a.n; ++c) fast_position<FIRST, SKIP, LAST>(l, a, trained, c);
+            for (int k = 0; k < kLanes<T>; ++k)
+                fast_position<FIRST, SKIP, LAST>(l, a, trained, start + k, c + k, j + k, at + k);
+        }
 }
 template <class T>
-static void fast_row_of(bool first, bool skip, bool last, const FastLayer<T>& l, const FastRow<T>& a, T trained) {
-    if (first) return last ? fast_row<true, false, true>(l, a, trained) : fast_row<true, false, false>(l, a, trained);
-    if (skip) return last ? fast_row<false, true, true>(l, a, trained) : fast_row<false, true, false>(l, a, trained);
-    return last ? fast_row<false, false, true>(l, a, trained) : fast_row<false, false, false>(l, a, trained);
+static void fast_rows_of(bool first, bool skip, bool last, const FastLayer<T>& l, const FastRows<T>& a, T trained) {
+    if (first) return last ? fast_rows<true, false, true>(l, a, trained) : fast_rows<true, false, false>(l, a, trained);
+    if (skip) return last ? fast_rows<false, true, true>(l, a, trained) : fast_rows<false, true, false>(l, a, trained);
+    return last ? fast_rows<false, false, true>(l, a, trained) : fast_rows<false, false, false>(l, a, trained);
 }
 
 // E and F before the first layer, padded planes.
@@ -221,15 +226,20 @@ void fast_plane(const ConvPlan& p, const Geometry<T>& g, const Shift<T>& s, cons
         const bool first = h == 0, last = h == p.n_layers - 1;
         window_sum<T>(g, s, seam ? &fill : nullptr, T(layer.cw), room.E.data, room.e.data, room.columns.data, zeros);
         window_sum<T>(g, s, seam && first ? &fill : nullptr, T(layer.cw), room.M.data, room.m.data, room.columns.data, zeros);
-        for (int r = 0; r < g.height; ++r) {
-            const int at = r * g.span, other = (r + s.y < g.height ? r + s.y : r + s.y - g.height) * stride_j + offset_j;
-            T *E = room.E.data + r * g.stride + g.pad, *M = room.M.data + r * g.stride + g.pad;
-            const FastRow<T> a{room.e.data + at, room.m.data + at, i.array(h, kRoot) + at, i.array(h, kInverse) + at,
-                               j.array(h, kRoot) + other, j.array(h, kInverse) + other, i.array(h, kMean) + at,
-                               j.array(h, kMean) + other, i.array(h, kHalf) + at, j.array(h, kHalf) + other, E, M,
-                               room.sums.data, room.sums.data + g.span, room.sums.data + 2 * g.span, g.span};
-            fast_row_of<T>(first, layer.p != 0.0, last, l, a, T(layer.w));
-            if (!last && (g.circular || g.span != g.width)) finish_row(g, E), finish_row(g, M);
+        // The rows before the partner wraps, and those after.
+        for (int part = 0; part < 2; ++part) {
+            const int r = part ? g.height - s.y : 0, count = part ? s.y : g.height - s.y;
+            const int at = r * g.span, other = (part ? 0 : s.y) * stride_j + offset_j, state = r * g.stride + g.pad;
+            const FastRows<T> a{room.e.data + at, room.m.data + at, i.array(h, kRoot) + at, i.array(h, kInverse) + at,
+                                j.array(h, kRoot) + other, j.array(h, kInverse) + other, i.array(h, kMean) + at,
+                                j.array(h, kMean) + other, i.array(h, kHalf) + at, j.array(h, kHalf) + other,
+                                room.E.data + state, room.M.data + state, room.sums.data, room.sums.data + g.span,
+                                room.sums.data + 2 * g.span, g.span, stride_j, g.stride, count};
+            if (count) fast_rows_of<T>(first, layer.p != 0.0, last, l, a, T(layer.w));
+        }
+        for (int r = 0; !last && (g.circular || g.span != g.width) && r < g.height; ++r) {
+            finish_row(g, room.E.data + r * g.stride + g.pad);
+            finish_row(g, room.M.data + r * g.stride + g.pad);
         }
     }
     for (int k = 0; k < 3; ++k)

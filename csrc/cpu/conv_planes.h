@@ -92,11 +92,6 @@ NTK_INLINE void sum_columns(const Geometry<T>& g, const Shift<T>& s, const Fill<
     for (int r = 0; r < g.height; ++r) {
         const T* from = in + r * g.stride + g.pad;
         T* to = out + r * g.span;
-        if (!s.seam_x && g.reach_x == 1) {
-#pragma omp simd
-            for (int c = 0; c < g.span; ++c) to[c] = (from[c - 1] + from[c + 1]) + from[c];
-            continue;
-        }
         __builtin_memcpy(to, from, g.span * sizeof(T));
         for (int slot = 0; slot < 2 * g.reach_x; ++slot) {
             const int d = slot_offset(slot);
@@ -129,21 +124,65 @@ NTK_INLINE const T* window_row(const Geometry<T>& g, const Shift<T>& s, const Fi
     return j ? fill->sum_j + other * g.double_stride() + g.pad + s.x : nullptr;
 }
 
+// Windows of 3 x 3 in registers, one column of vectors after the other.
+template <bool SEAM, class T>
+static void sweep(const Geometry<T>& geometry, const Shift<T>& shift, const Fill<T>* fill_or_null, T scale, const T* in, T* out,
+                  const T* zeros) {
+    using V = typename Lanes<T>::V;
+    // Copies: a store might change what a reference points to, as far as the compiler knows.
+    const Geometry<T> g = geometry;
+    const Shift<T> s = shift;
+    const Fill<T> numbers = fill_or_null ? *fill_or_null : Fill<T>{};
+    const Fill<T>* fill = fill_or_null ? &numbers : nullptr;
+    const V factor = broadcast(scale);
+    const bool filled = SEAM && fill;
+    for (int c = 0; c < g.span; c += kLanes<T>) {
+        V both[2], first[2], second[2];
+        for (int k = 0; SEAM && k < 2; ++k) {
+            both[k] = load_lanes(s.masks.both(k) + c);
+            first[k] = load_lanes(s.masks.first(k) + c), second[k] = load_lanes(s.masks.second(k) + c);
+        }
+        auto columns = [&](int r) __attribute__((always_inline)) {
+            const T* from = in + r * g.stride + g.pad + c;
+            const V right = load_lanes(from + 1), left = load_lanes(from - 1), middle = load_lanes(from);
+            if (!SEAM) return V((left + right) + middle);
+            V sum = fma_lanes(both[1], left, fma_lanes(both[0], right, middle));
+            if (!filled) return sum;
+            const T *i = fill->half_i + r * g.span + c;
+            const T *j = fill->half_j + (r + s.y < g.height ? r + s.y : r + s.y - g.height) * g.double_stride() + g.pad + s.x + c;
+            sum = fma_lanes(first[0], load_lanes(i + 1), fma_lanes(first[1], load_lanes(i - 1), sum));
+            return V(fma_lanes(second[0], load_lanes(j + 1), fma_lanes(second[1], load_lanes(j - 1), sum)));
+        };
+        // A row that is not in both images: what stands for it.
+        auto other = [&](int r, int dy) __attribute__((always_inline)) {
+            if (g.circular) return columns(dy < 0 ? g.height - 1 : 0);
+            const T* row = window_row(g, s, fill, zeros, r, dy);
+            return load_lanes(row ? row + c : zeros + c);
+        };
+        const int seam = s.seam_y ? g.height - s.y : g.height;  // first row whose partner has wrapped
+        V middle = columns(0);
+        for (int r = 0, stop = seam; r < g.height; stop = g.height) {
+            V above = other(r, -1);
+            for (; r + 1 < stop; ++r) {
+                const V next = columns(r + 1);
+                save_lanes(out + r * g.span + c, factor * ((above + next) + middle));
+                above = middle, middle = next;
+            }
+            save_lanes(out + r * g.span + c, factor * ((above + other(r, 1)) + middle));
+            if (++r < g.height) middle = columns(r);
+        }
+    }
+}
+
 // out = scale times the window sums of in; room: compact, zeros: (span,) of zeros.
 template <class T>
 void window_sum(const Geometry<T>& g, const Shift<T>& s, const Fill<T>* fill, T scale, const T* in, T* out, T* room, const T* zeros) {
+    if (g.reach_x == 1 && g.reach_y == 1)
+        return s.seam_x ? sweep<true>(g, s, fill, scale, in, out, zeros) : sweep<false>(g, s, fill, scale, in, out, zeros);
     sum_columns(g, s, fill, in, room);
     for (int r = 0; r < g.height; ++r) {
         T* to = out + r * g.span;
-        const T* middle = room + r * g.span;
-        if (g.reach_y == 1) {
-            const T *above = window_row(g, s, fill, room, r, -1), *below = window_row(g, s, fill, room, r, 1);
-            above = above ? above : zeros, below = below ? below : zeros;
-#pragma omp simd
-            for (int c = 0; c < g.span; ++c) to[c] = scale * ((above[c] + below[c]) + middle[c]);
-            continue;
-        }
-        __builtin_memcpy(to, middle, g.span * sizeof(T));
+        __builtin_memcpy(to, room + r * g.span, g.span * sizeof(T));
         for (int dy = -g.reach_y; dy <= g.reach_y; ++dy) {
             const T* row = dy ? window_row(g, s, fill, room, r, dy) : nullptr;
             if (row) add_row(to, row, g.span);

@@ -5,6 +5,7 @@
 //   parallel   blocks of pairs, or row shifts of pairs; sums do not depend on the number of threads
 //   compiled   once per instruction set with NTK_ISA; nothing here may have external linkage but `conv`
 #include "conv_fast.h"
+#include "conv_general.h"
 #include "write.h"
 
 namespace ntk {
@@ -19,14 +20,31 @@ struct Fast {
     using Room = FastRoom<T>;
     using Image = FastImage<T>;
     static std::int64_t planes(const ConvPlan& p) { return std::int64_t(p.n_layers) * fast_arrays(p) + p.channels; }
-    static constexpr int kPrepare = 6;  // planes of double to prepare an image
-    static void prepare(const ConvPlan& p, const Geometry<T>& g, const T* x, bool twice, double* room, T* to, int size) {
+    static int room(const ConvPlan&) { return 6; }  // planes of double to prepare an image
+    static bool prepare(const ConvPlan& p, const Geometry<T>& g, const T* x, bool twice, double* room, T* to, int size) {
         fast_image(p, g, x, twice, room, to, size);
+        return true;
     }
     static Image image(const ConvPlan& p, const T* data, int size) { return {data, size, fast_arrays(p)}; }
     static void plane(const ConvPlan& p, const Geometry<T>& g, const Shift<T>& s, const Image& i, const Image& j, Room& room,
                       double* total, double*, std::int64_t) {
         fast_plane(p, g, s, i, j, room, total);
+    }
+};
+
+struct General {
+    using Number = double;
+    using Room = GeneralRoom;
+    using Image = GeneralImage;
+    static std::int64_t planes(const ConvPlan& p) { return std::int64_t(p.n_layers) * general_arrays(p) + p.channels; }
+    static int room(const ConvPlan& p) { return 6 + general_arrays(p); }
+    static bool prepare(const ConvPlan& p, const Geometry<double>& g, const double* x, bool twice, double* room, double* to, int size) {
+        return general_image(p, g, x, twice, room, to, size);
+    }
+    static Image image(const ConvPlan& p, const double* data, int size) { return {data, size, general_arrays(p)}; }
+    static void plane(const ConvPlan& p, const Geometry<double>& g, const Shift<double>& s, const Image& i, const Image& j, Room& room,
+                      double* total, double* slices, std::int64_t step) {
+        general_plane(p, g, s, i, j, room, total, slices, step);
     }
 };
 
@@ -50,7 +68,7 @@ void* prepare_as(const ConvPlan& p, const U* x, std::int64_t n, bool twice) {
     for (std::int64_t k = n * each; k < n * each + 64; ++k) data.data[k] = T(0);
 #pragma omp parallel if (n > 1)
     {
-        Buffer<double> room(E::kPrepare * positions);
+        Buffer<double> room(E::room(p) * positions);
         Buffer<T> image(entries);
         const bool ready = room.ready() && image.ready();
         if (!ready) {
@@ -61,7 +79,9 @@ void* prepare_as(const ConvPlan& p, const U* x, std::int64_t n, bool twice) {
         for (std::int64_t k = 0; k < n; ++k) {
             if (!ready) continue;
             for (std::int64_t e = 0; e < entries; ++e) image.data[e] = T(x[k * entries + e]);
-            E::prepare(p, g, image.data, twice, room.data, data.data + k * each, int(size));
+            if (E::prepare(p, g, image.data, twice, room.data, data.data + k * each, int(size))) continue;
+#pragma omp atomic write
+            failed = true;
         }
     }
     return failed ? nullptr : data.release();
@@ -138,17 +158,18 @@ bool run(const ConvPlan& p, const ConvTile& t) {
 
 template <class T>
 void* prepare(const ConvPlan& p, const T* x, std::int64_t n, bool twice) {
-    return prepare_as<Fast<T>, T>(p, x, n, twice);
+    return p.fast ? prepare_as<Fast<T>, T>(p, x, n, twice) : prepare_as<General, T>(p, x, n, twice);
 }
 template <class T>
 bool tile(const ConvPlan& p, const ConvTile& t) {
-    return run<Fast<T>>(p, t);
+    return p.fast ? run<Fast<T>>(p, t) : run<General>(p, t);
 }
 template <class E>
 std::int64_t bytes_of(const ConvPlan& p, bool twice) {
     return E::planes(p) * plane_size<E>(p, twice) * std::int64_t(sizeof(typename E::Number));
 }
 std::int64_t bytes(const ConvPlan& p, bool single, bool twice) {
+    if (!p.fast) return bytes_of<General>(p, twice);
     return single ? bytes_of<Fast<float>>(p, twice) : bytes_of<Fast<double>>(p, twice);
 }
 

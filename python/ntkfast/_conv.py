@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkfast import _core
+from ntkfast import _core, _hermite
 from ntkfast._arrays import allocate, as_numpy, check_memory, not_finite, result_dtype
-from ntkfast._plan import _STEP, _suffix_row
+from ntkfast._plan import _HERMITE, _IDS, _STEP, _expanded, _suffix_row, _table
 from ntkfast._tiles import Progress
 from ntkfast.convolution import ConvNetwork
 
@@ -24,6 +24,8 @@ FORMATS = ("channels_last", "channels_first")
 _CALL = 0.15
 #: Bytes of prepared images on each side of a tile.
 _SIDE_BYTES = 24 << 20
+#: Scales of images are powers of 2^_COARSE.
+_COARSE = 24
 #: Images of one side of a tile.
 _SIDE = 512
 
@@ -57,6 +59,10 @@ def fast_path(net: ConvNetwork) -> bool:
         if not layer.trained or (c.p != 0 and (c.p < 0 or c.q < 0 or layer.activation.slope > 1)):
             return False
     return True
+
+
+def _kind(layer: Any) -> int:
+    return 0 if layer.activation.homogeneous else _IDS.get(layer.activation.name, _HERMITE)
 
 
 def _scalable(net: ConvNetwork) -> bool:
@@ -96,8 +102,9 @@ class Side:
 
 
 def _side(x: Array, name: str, dtype: np.dtype[Any], *, scaled: bool) -> Side:
-    """One working copy. Scaled: every image of mean square 1 a position, so that nothing leaves the range of the dtype and
-    multiples of one image are one image."""
+    """One working copy. Scaled: by powers of two, exactly, so that images of any size have mean squares near 1 and nothing
+    leaves the range of the dtype; a common one where that will do, because positions at which two images are equal then
+    stay equal."""
     with np.errstate(over="ignore"):
         images = np.array(x, dtype=dtype, order="C")
     flat = images.reshape(len(images), -1)
@@ -105,21 +112,21 @@ def _side(x: Array, name: str, dtype: np.dtype[Any], *, scaled: bool) -> Side:
     if not np.isfinite(largest).all():
         bad = int(np.flatnonzero(~np.isfinite(largest))[0])
         raise not_finite(name, bad, np.asarray(x[bad]), dtype)
-    scale = np.ones(len(images))
-    if scaled:
-        root = math.sqrt(images.shape[2] * images.shape[3])
-        for k in np.flatnonzero(largest > 0):
-            row = flat[k].astype(np.float64) / largest[k]
-            norm = math.sqrt(float(_core.squares(row[None])[0])) / root
-            flat[k] = row / norm
-            scale[k] = norm * largest[k]
-    return Side(images, scale)
+    if not scaled:
+        return Side(images, np.ones(len(images)))
+    exponents = np.where(largest > 0, np.frexp(largest)[1], 0)
+    # Pixels are often 0 .. 1 or 0 .. 255: the grid of common exponents is coarse, and does not depend on other images.
+    common = np.round(exponents / _COARSE).astype(np.int64) * _COARSE
+    if common.any():
+        half = -common // 2
+        flat[...] = np.ldexp(np.ldexp(flat, half[:, None]), (-common - half)[:, None])
+    return Side(images, np.where(largest > 0, np.ldexp(1.0, common), 0.0))
 
 
 class Problem:
     """Checked inputs and compiled layers of one call."""
 
-    def __init__(self, net: ConvNetwork, X: Any, Y: Any, dtype: Any, device: Any, data_format: str) -> None:
+    def __init__(self, net: ConvNetwork, X: Any, Y: Any, dtype: Any, device: Any, data_format: str, *, own: bool = False) -> None:  # fmt: skip
         if device is not None and device != "cpu":
             raise ValueError(f"device={device!r}: convolutional networks run on the CPU only so far; use device=None")
         x, self.wrap = as_numpy(X, "X")
@@ -133,10 +140,7 @@ class Problem:
                 raise ValueError(f"X has {x.shape[1]} channels and Y has {y.shape[1]}")
         self.dtype = result_dtype(dtype, ("X", x), *([] if y is None else [("Y", y)]))
         self.net, self.grid, self.symmetric = net, grid, y is None
-        self.fast = fast_path(net)
-        if not self.fast:
-            raise ValueError("convolutional networks with biases, with activations other than relu and abs, with negative "
-                             "scales or with frozen later layers are not implemented yet")  # fmt: skip
+        self.fast = fast_path(net) and not own
         scaled = _scalable(net)
         check_memory(x.size * self.dtype.itemsize, "a working copy of X")
         self.x = _side(x, "X", self.dtype, scaled=scaled)
@@ -148,40 +152,60 @@ class Problem:
         reach_y, reach_x = (windows[-2] // 2 if len(grid) == 2 else 0), windows[-1] // 2
         self.geometry = (self.height, self.width, x.shape[1], reach_y, reach_x, int(net.padding == "circular"),
                          int(self.pooled))  # fmt: skip
-        self.core, self.exponent = self._compile()
+        self.core, self.exponent, self.terms = self._compile()
 
-    def _compile(self) -> tuple[Any, int]:
-        """The layers for the kernels, and the power of two of the results' square root."""
-        net, rows, ints, down = self.net, [], [], 0
+    def _compile(self) -> tuple[Any, int, int]:
+        """The layers for the kernels, the power of two of the results' square root, and the terms of Hermite tables."""
+        net, down, scaled = self.net, 0, _scalable(self.net)
+        rows, ints, cache = [], [], list[Any]()
         slots = (2 * self.geometry[3] + 1) * (2 * self.geometry[4] + 1)
-        scaled = _scalable(net)
-        var, mean = np.ones((self.height, self.width)), np.zeros((self.height, self.width))
-        for layer in net.layers:
+        expanded = _expanded(net)  # type: ignore[arg-type]
+        last = max((k for k, expand in enumerate(expanded) if expand), default=-1)
+        # Variances of one image of ones, whose growth is divided out; of all images, for the tables.
+        var = np.ones((1, self.height, self.width)) if last < 0 else self._variances()
+        mean = np.zeros_like(var)
+        for k, layer in enumerate(net.layers):
             c = layer.coefficients(float)
             c = c._replace(cw=c.cw / slots if net.average else c.cw)
-            row = _suffix_row(layer, c, 0, 0)
-            power = 0
+            row, kind, table, power = _suffix_row(layer, c, 0, 0), _kind(layer), -1, 0
+            if expanded[k]:
+                try:
+                    table = _table(layer.activation, row, self._window(var).ravel(), self.dtype, cache)
+                except _hermite.ExpansionError as error:
+                    if layer.activation.name != "gelu":
+                        raise ValueError(f"{error}: layer {k + 1}; normalise the images or raise the tolerance: "
+                                         "Activation.with_tolerance(...)") from None  # fmt: skip
+            ints.append([_HERMITE if table >= 0 else kind, table, -1, -1])
             if scaled:
-                after = self._advance(row, var, mean)
                 # An image of variance 1 everywhere stays within 2^-+_STEP/4, so that float32 is far from its limits.
-                most = float(after[0].max())
+                most = float(self._advance(row, ints[-1], var, mean, cache)[0].max())
                 if most > 0 and abs(math.log2(most)) > _STEP / 4:
                     power = round(math.log2(most) / 2)
                     row = _suffix_row(layer, c, 0, power)
-                var, mean = self._advance(row, var, mean)
+            if scaled or k < last:
+                var, mean = self._advance(row, ints[-1], var, mean, cache)
             down += power
             rows.append(row)
-            ints.append([0, -1, -1, -1])
         core = _core.Plan(np.zeros((0, 9)), np.zeros((0, 5), dtype=np.int32), 1.0, 0.0, np.array(rows),
-                          np.array(ints, dtype=np.int32), [])  # fmt: skip
-        return core, down
+                          np.array(ints, dtype=np.int32), [t[0].as_tuple() for _, _, t in cache])  # fmt: skip
+        return core, down, max((t[0].evens + t[0].odds for _, _, t in cache), default=0)
 
-    def _advance(self, row: list[float], var: Vector, mean: Vector) -> tuple[Vector, Vector]:
-        """Variances and means of one image after a homogeneous layer."""
-        p, q, r, cw, slope = (row[k] for k in (0, 1, 2, 3, 11))
-        lam = cw * self._window(var)
-        mu = (1 - slope) * np.sqrt(lam / (2 * math.pi))
-        return p * p * var + 2 * p * q * mean * mu + r * 0.5 * (1 + slope * slope) * lam, p * mean + q * mu
+    def _variances(self) -> Vector:
+        """Variances of the positions of all images."""
+        sides = [self.x] if self.symmetric else [self.x, self.y]
+        return np.concatenate([np.einsum("kchw,kchw->khw", s.images, s.images, dtype=np.float64) for s in sides])
+
+    def _advance(
+        self, row: list[float], ints: list[int], var: Vector, mean: Vector, cache: list[Any]
+    ) -> tuple[Vector, Vector]:
+        """Variances and means of the positions after a layer."""
+        p, q, r = row[:3]
+        # One step without skip and with q = 1 gives mean = mu and q = Q_ii.
+        step = _core.Plan(np.zeros((0, 9)), np.zeros((0, 5), dtype=np.int32), 1.0, 0.0, np.array([[0.0, 1.0, 1.0, *row[3:]]]),
+                          np.array([ints], dtype=np.int32), [t[0].as_tuple() for _, _, t in cache])  # fmt: skip
+        lam = np.ascontiguousarray(self._window(var).ravel())
+        _, mu, second = (part.reshape(var.shape) for part in _core.rows(step, 0, lam, np.zeros_like(lam)))
+        return p * p * var + 2 * p * q * mean * mu + r * second, p * mean + q * mu
 
     def _window(self, var: Vector) -> Vector:
         """Window sums over the last two axes."""
@@ -201,7 +225,7 @@ class Problem:
 
     def nanoseconds(self) -> float:
         """Rough time of one pair on all threads."""
-        one = (2.5 if self.fast else 60.0) * (0.4 if self.dtype == np.float32 and self.fast else 1.0)
+        one = (2.5 if self.fast else 40.0 + 3.0 * self.terms) * (0.4 if self.dtype == np.float32 and self.fast else 1.0)
         lanes = 1 + 16 / self.width
         planes = self.positions if self.pooled else 1
         return one * lanes * self.positions * planes * len(self.net.layers) / _core.threads() + 100.0
@@ -355,6 +379,35 @@ def gram(problem: Problem, kinds: tuple[str, ...], normalize: bool, out: Any, pr
             for i, value in enumerate(f):
                 array[i, i] = float(value > 0)
     return outs
+
+
+def layer_grams(problem: Problem, out: Any, progress: bool) -> Any:
+    """(P, n, m): one slice per trained layer, then the readout (flatten)."""
+    net = problem.net
+    if problem.pooled:
+        raise ValueError('layer_grams of a ConvNetwork is there for readout="flatten" only')
+    trained = [k for k, layer in enumerate(net.layers) if layer.trained]
+    count = len(net.slices)
+    (result,) = allocate(
+        out, [(count, *problem.shape)], problem.dtype, ["layer_grams"], [problem.x.images, problem.y.images]
+    )
+    mix = _mix(net, "ntk", problem.positions)
+
+    def factors(side: Side, name: str) -> Vector:
+        return _factors(problem, side, diagonal_sums(problem, side), mix, name, "ntk", normalize=False)
+
+    left = factors(problem.x, "X")
+    right = left if problem.symmetric else factors(problem.y, "Y")
+
+    def make(_: int, part: Part) -> Array:
+        slices = part.slices[trained] if part.slices is not None else np.zeros((0, *part.sums.shape[1:]))
+        if net.readout.trained:
+            slices = np.concatenate([slices, part.sums[1:2]])
+        return net.readout.weight_variance * slices * left[part.rows][:, None] * right[part.cols]
+
+    if count:
+        _fill(problem, [result], make, progress, slices=True)
+    return result
 
 
 def diagonal(problem: Problem, kind: str) -> Vector:

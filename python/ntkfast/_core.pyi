@@ -79,6 +79,7 @@ def multiply_add(
     first: bool = False,
     isa: str = "",
 ) -> None: ...
+
 class ConvImages:
     def __init__(
         self, plan: Plan, shape: Sequence[int], fast: bool, x: NDArray[Any], twice: bool, isa: str = ""

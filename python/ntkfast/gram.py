@@ -213,7 +213,8 @@ def layer_grams(
     True
     """
     if isinstance(net, ConvNetwork):
-        raise ValueError("layer_grams of convolutional networks is not implemented yet; ntkfast.reference.convolution has it")
+        images = _conv.Problem(net, X, Y, dtype, device, data_format, own=True)
+        return _results(images, [_conv.layer_grams(images, out, progress)], out, "", ())
     _dense_format(data_format)
     problem = Problem(net, X, Y, dtype, device)
     count, readout = len(net.slices), net.readout
