@@ -1,4 +1,4 @@
-"""Kernels of two images in 40 digits, by a recursion of its own: dictionaries of position pairs, windows by coordinates."""
+"""Kernels of two images in 40 digits by a recursion of its own: pairs of positions, windows by coordinates."""
 
 from __future__ import annotations
 

@@ -80,7 +80,8 @@ class Sums:
     def of(self, sums: Array) -> Array:
         """From the sums of the kernels: T + S, S, G."""
         value = self.theta * sums[0] + (self.cov - self.theta) * sums[1] if self.theta else self.cov * sums[1]
-        return value + self.last * sums[2] if self.last else value
+        total: Array = value + self.last * sums[2] if self.last else value
+        return total
 
 
 def _mix(net: ConvNetwork, kind: str, positions: int) -> Sums:
@@ -102,9 +103,8 @@ class Side:
 
 
 def _side(x: Array, name: str, dtype: np.dtype[Any], *, scaled: bool) -> Side:
-    """One working copy. Scaled: by powers of two, exactly, so that images of any size have mean squares near 1 and nothing
-    leaves the range of the dtype; a common one where that will do, because positions at which two images are equal then
-    stay equal."""
+    """One working copy. Scaled: by powers of two, so that nothing leaves the range of the dtype; a common power where
+    that will do, because positions at which two images are equal then stay equal."""
     with np.errstate(over="ignore"):
         images = np.array(x, dtype=dtype, order="C")
     flat = images.reshape(len(images), -1)
@@ -126,7 +126,9 @@ def _side(x: Array, name: str, dtype: np.dtype[Any], *, scaled: bool) -> Side:
 class Problem:
     """Checked inputs and compiled layers of one call."""
 
-    def __init__(self, net: ConvNetwork, X: Any, Y: Any, dtype: Any, device: Any, data_format: str, *, own: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self, net: ConvNetwork, X: Any, Y: Any, dtype: Any, device: Any, data_format: str, *, own: bool = False
+    ) -> None:
         if device is not None and device != "cpu":
             raise ValueError(f"device={device!r}: convolutional networks run on the CPU only so far; use device=None")
         x, self.wrap = as_numpy(X, "X")
@@ -201,8 +203,15 @@ class Problem:
         """Variances and means of the positions after a layer."""
         p, q, r = row[:3]
         # One step without skip and with q = 1 gives mean = mu and q = Q_ii.
-        step = _core.Plan(np.zeros((0, 9)), np.zeros((0, 5), dtype=np.int32), 1.0, 0.0, np.array([[0.0, 1.0, 1.0, *row[3:]]]),
-                          np.array([ints], dtype=np.int32), [t[0].as_tuple() for _, _, t in cache])  # fmt: skip
+        step = _core.Plan(
+            np.zeros((0, 9)),
+            np.zeros((0, 5), dtype=np.int32),
+            1.0,
+            0.0,
+            np.array([[0.0, 1.0, 1.0, *row[3:]]]),
+            np.array([ints], dtype=np.int32),
+            [t[0].as_tuple() for _, _, t in cache],
+        )
         lam = np.ascontiguousarray(self._window(var).ravel())
         _, mu, second = (part.reshape(var.shape) for part in _core.rows(step, 0, lam, np.zeros_like(lam)))
         return p * p * var + 2 * p * q * mean * mu + r * second, p * mean + q * mu
@@ -216,7 +225,7 @@ class Problem:
             pad[axis] = (r, r)
             wide = np.pad(var, pad, mode=mode)
             n = var.shape[axis]
-            var = sum(np.take(wide, range(d, d + n), axis=axis) for d in range(2 * r + 1))
+            var = np.sum([np.take(wide, range(d, d + n), axis=axis) for d in range(2 * r + 1)], axis=0)
         return var
 
     @property
@@ -228,7 +237,7 @@ class Problem:
         one = (2.5 if self.fast else 40.0 + 3.0 * self.terms) * (0.4 if self.dtype == np.float32 and self.fast else 1.0)
         lanes = 1 + 16 / self.width
         planes = self.positions if self.pooled else 1
-        return one * lanes * self.positions * planes * len(self.net.layers) / _core.threads() + 100.0
+        return float(one * lanes * self.positions * planes * len(self.net.layers) / _core.threads() + 100.0)
 
     def side(self) -> int:
         """Images of one side of a tile."""
@@ -290,8 +299,13 @@ def parts(problem: Problem, *, slices: bool) -> Iterator[Part]:
                         _core.conv_tile(problem.core, x, i0, y, j0, same, False, first, shifts, sums, own)
 
                     _shifts(problem, sums, one * count[0] * count[1], call)
-                    yield Part(slice(rows.start + i0, rows.start + some.stop),
-                               slice(cols.start + j0, cols.start + j0 + count[1]), problem.symmetric, sums, own)  # fmt: skip
+                    yield Part(
+                        slice(rows.start + i0, rows.start + some.stop),
+                        slice(cols.start + j0, cols.start + j0 + count[1]),
+                        problem.symmetric,
+                        sums,
+                        own,
+                    )
 
 
 def diagonal_sums(problem: Problem, side: Side) -> Vector:
@@ -312,7 +326,7 @@ def diagonal_sums(problem: Problem, side: Side) -> Vector:
 
 
 def _store(out: Any, part: Part, values: Array) -> None:
-    """Values (..., rows, cols) and, on symmetric results, their mirror. Below the diagonal there is nothing to store."""
+    """Values (..., rows, cols) and, on symmetric results, their mirror; nothing below the diagonal."""
     if not part.mirrored:
         out[..., part.rows, part.cols] = values
         return
@@ -342,8 +356,8 @@ def _factors(problem: Problem, side: Side, sums: Vector, mix: Sums, name: str, g
     bad = ~(np.abs(values) <= float(np.finfo(problem.dtype).max))
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
-        raise OverflowError(f"the {get} of image {row} of {name} does not fit in {problem.dtype}; use normalize=True, smaller "
-                            "images or dtype=numpy.float64")  # fmt: skip
+        raise OverflowError(f"the {get} of image {row} of {name} does not fit in {problem.dtype}; use normalize=True, "
+                            "smaller images or dtype=numpy.float64")  # fmt: skip
     return f
 
 
@@ -426,6 +440,8 @@ def plan(net: ConvNetwork, X: Any) -> str:
     planes = f"all {problem.positions} shifts" if problem.pooled else "equal positions only"
     state = "half squared distances" if problem.fast else "half squared distances and norms of sums, in float64"
     seconds = 0.5e-9 * n * (n + 1) * problem.nanoseconds()
-    return (f"recursion on planes of positions: {len(net.layers)} layers, {planes}, {state}\n"
-            f"{n} images of {grid} positions and {problem.x.images.shape[1]} channels, {problem.dtype}, {_core.isa()} with "
-            f"{_core.threads()} threads\nresult {n * n * problem.dtype.itemsize / 1e6:,.0f} MB; about {seconds:.2g} s")  # fmt: skip
+    return (
+        f"recursion on planes of positions: {len(net.layers)} layers, {planes}, {state}\n"
+        f"{n} images of {grid} positions and {problem.x.images.shape[1]} channels, {problem.dtype}, {_core.isa()} with "
+        f"{_core.threads()} threads\nresult {n * n * problem.dtype.itemsize / 1e6:,.0f} MB; about {seconds:.2g} s"
+    )

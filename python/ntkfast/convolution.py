@@ -18,7 +18,7 @@ POOLINGS = ("flatten", "gap")
 def _window(window: Any) -> int | tuple[int, ...]:
     sizes = window if isinstance(window, (tuple, list)) else (window,)
     for size in sizes:
-        if isinstance(size, bool) or not isinstance(size, int) and not hasattr(size, "__index__"):
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
             raise TypeError(f"window must be an odd integer or one per image axis, got {window!r}")
         if int(size) < 1 or int(size) % 2 == 0:
             raise ValueError(f"window must be odd and positive, got {window!r}")
@@ -97,8 +97,14 @@ class ConvNetwork:
         readout = Readout() if readout is None else readout
         if type(readout) is not Readout or readout.bias_variance != 0:
             raise ValueError("the readout of a ConvNetwork is a Readout without bias")
-        values = dict(layers=layers, window=_window(window), padding=_one_of("padding", padding, PADDINGS),
-                      average=bool(average), pooling=_one_of("pooling", pooling, POOLINGS), readout=readout)  # fmt: skip
+        values = {
+            "layers": layers,
+            "window": _window(window),
+            "padding": _one_of("padding", padding, PADDINGS),
+            "average": bool(average),
+            "pooling": _one_of("pooling", pooling, POOLINGS),
+            "readout": readout,
+        }
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -185,8 +191,14 @@ def conv_resnet(
     """
     depth = _depth(depth)
     block = Residual(activation, scale=finite("c_res", c_res) / depth)
-    return ConvNetwork([Dense(activation), *[block] * (depth - 1)], window=window, padding=padding, average=False,
-                       pooling=_one_of("readout", readout, POOLINGS), readout=Readout(trained=readout_trained))  # fmt: skip
+    return ConvNetwork(
+        [Dense(activation), *[block] * (depth - 1)],
+        window=window,
+        padding=padding,
+        average=False,
+        pooling=_one_of("readout", readout, POOLINGS),
+        readout=Readout(trained=readout_trained),
+    )
 
 
 def conv_net(
@@ -204,7 +216,8 @@ def conv_net(
 ) -> ConvNetwork:
     """The convolutional network of Arora et al. (arXiv 1904.11955, section 4).
 
-    z^(h) = sqrt(weight_variance/q) W phi(x^(h-1)) + sqrt(bias_variance) beta, x^(h) = sqrt(gain/m) s(z^(h)), h = 1..depth,
+    z^(h) = sqrt(weight_variance/q) W phi(x^(h-1)) + sqrt(bias_variance) beta, x^(h) = sqrt(gain/m) s(z^(h)),
+    h = 1..depth;
     q the number of slots of the window (it stays q at the border), beta shared by the positions.
 
     Parameters
@@ -241,5 +254,10 @@ def conv_net(
     layer = Dense(activation, gain=gain, weight_variance=weight_variance, bias_variance=bias_variance)
     first = Dense(activation, gain=gain, weight_variance=weight_variance, bias_variance=bias_variance,
                   trained=first_trained)  # fmt: skip
-    return ConvNetwork([first, *[layer] * (_depth(depth) - 1)], window=window, padding=padding,
-                       pooling=_one_of("readout", readout, POOLINGS), readout=Readout(trained=readout_trained))  # fmt: skip
+    return ConvNetwork(
+        [first, *[layer] * (_depth(depth) - 1)],
+        window=window,
+        padding=padding,
+        pooling=_one_of("readout", readout, POOLINGS),
+        readout=Readout(trained=readout_trained),
+    )

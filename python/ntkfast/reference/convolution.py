@@ -73,7 +73,8 @@ def patch_sum(D: NDArray[np.int64], S: Array) -> Array:
     """sum_k S_{D_l(k) D_r(k)} over the last two axes."""
     padded = np.zeros((*S.shape[:-2], S.shape[-2] + 1, S.shape[-1] + 1))
     padded[..., :-1, :-1] = S  # -1 reads the zeros
-    return np.sum([padded[..., row[:, None], row[None, :]] for row in D], axis=0)
+    total: Array = np.sum([padded[..., row[:, None], row[None, :]] for row in D], axis=0)
+    return total
 
 
 def patch_sum_adjoint(D: NDArray[np.int64], B: Array) -> Array:
@@ -81,7 +82,8 @@ def patch_sum_adjoint(D: NDArray[np.int64], B: Array) -> Array:
     padded = np.zeros((*B.shape[:-2], B.shape[-2] + 1, B.shape[-1] + 1))
     for row in D:
         for l, s in enumerate(row):
-            np.add.at(padded, (..., s, row), B[..., l, :])
+            for r, t in enumerate(row):
+                padded[..., s, t] += B[..., l, r]
     return padded[..., :-1, :-1]
 
 
@@ -111,7 +113,8 @@ def _images(net: ConvNetwork, X: ArrayLike, data_format: str) -> tuple[Array, tu
 def _variances(D: NDArray[np.int64], V: Array) -> Array:
     """sum_k V_{D_l(k)} for arrays (n, p)."""
     padded = np.concatenate([V, np.zeros((len(V), 1))], axis=1)
-    return np.sum([padded[:, row] for row in D], axis=0)
+    total: Array = np.sum([padded[:, row] for row in D], axis=0)
+    return total
 
 
 def _exact(C: Array, A: Array) -> None:
@@ -153,7 +156,8 @@ def _forward(
 def _read(net: ConvNetwork, K: Array) -> Array:
     """The readout's sum over positions."""
     pooled = K.mean(axis=(2, 3)) if net.pooling == "gap" else np.einsum("ijll->ij", K)
-    return net.readout.weight_variance * pooled
+    result: Array = net.readout.weight_variance * pooled
+    return result
 
 
 def _kernels(net: ConvNetwork, X: Array, Y: Array, grid: tuple[int, ...]) -> dict[str, Array]:
