@@ -75,16 +75,16 @@ void fast_image(const ConvPlan& p, const Geometry<T>& g, const T* x, bool twice,
     }
 }
 
-// Numbers of a layer in the type of the arithmetic.
+// Numbers of a layer in the type of the arithmetic; h0, h1 and slope contain the branch variance r.
 template <class T>
 struct FastLayer {
-    T skip, cross, r, h0, h1, slope;
+    T skip, cross, h0, h1, slope;
     bool even;
 };
 template <class T>
 NTK_INLINE FastLayer<T> fast_layer(const GeneralLayer& l) {
-    return {T(l.p * l.p), T(l.p * l.q * mean_factor(l)), T(l.r), T(0.5 * fma_(l.slope, l.slope, 1.0)),
-            T(0.5 * (1.0 - l.slope) * (1.0 - l.slope)), T(l.slope), l.slope == -1.0};
+    return {T(l.p * l.p), T(l.p * l.q * mean_factor(l)), T(l.r * 0.5 * fma_(l.slope, l.slope, 1.0)),
+            T(l.r * 0.5 * (1.0 - l.slope) * (1.0 - l.slope)), T(l.r * l.slope), l.slope == -1.0};
 }
 
 // Rows of a layer, one vector after the other. e, m, roots: of the window; E, M: the state, in place; sum_m, sum_s, sum_own:
@@ -101,7 +101,8 @@ struct FastRows {
 template <class T>
 struct FastTerms {
     T n, x;  // x - 2 if rho < 0
-    T q, eq, d, difference;
+    T q, eq, d;  // r Q, r E_Q, r D
+    T difference;
 };
 template <class T>
 NTK_INLINE FastTerms<T> fast_terms(const FastLayer<T>& l, T e, T root_i, T inv_i, T root_j, T inv_j) {
@@ -138,9 +139,7 @@ NTK_INLINE void fast_position(const FastLayer<T>& l, const FastRows<T>& a, T tra
     const FastTerms<T> t = FIRST ? fast_first(l, e, f, a.root_i[c], a.inv_i[c], a.root_j[j], a.inv_j[j])
                                  : fast_terms(l, e, a.root_i[c], a.inv_i[c], a.root_j[j], a.inv_j[j]);
     const T m = FIRST ? trained * T(0.5) * (f - e) : f;
-    T s = l.r * t.q;
-    T state = l.r * t.eq;
-    T kernel = l.r * t.d * m;
+    T s = t.q, state = t.eq, kernel = t.d * m;
     if (SKIP) {
         const T bi = a.mean_i[c], bj = a.mean_j[j];
         s = fma_(l.cross, fma_(bi, a.root_j[j], bj * a.root_i[c]), s);
@@ -151,9 +150,9 @@ NTK_INLINE void fast_position(const FastLayer<T>& l, const FastRows<T>& a, T tra
     if (LAST) {
         if (SKIP) s = fma_(l.skip, (a.half_i[c] + a.half_j[j]) - a.E[at], s);
         const T cosine = FIRST ? signed_cosine(t.x) : T(1) - t.x;
-        a.sum_m[column] += kernel, a.sum_s[column] += s, a.sum_own[column] += l.r * t.d * (t.n * cosine);
+        a.sum_m[column] += kernel, a.sum_s[column] += s, a.sum_own[column] += t.d * (t.n * cosine);
     } else {
-        a.E[at] = at_least(state, T(0)), a.M[at] = kernel;
+        a.E[at] = state, a.M[at] = kernel;  // rounding below 0 is caught where x is formed
     }
 }
 template <bool FIRST, bool SKIP, bool LAST, class T>
