@@ -282,6 +282,8 @@ std::vector<std::string> available() {
 
 }  // namespace
 
+#include "bindings_conv.h"
+
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     py::class_<PlanHolder>(m, "Plan")
         .def(py::init<const Doubles&, const Ints&, double, double, const Doubles&, const Ints&, const py::list&>(),
@@ -313,6 +315,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
           py::arg("isa") = "");
     m.def("multiply_add", &multiply_add, py::arg("out"), py::arg("p"), py::arg("q"), py::arg("positions_i") = 1,
           py::arg("positions_j") = 1, py::arg("first") = false, py::arg("isa") = "");
+    add_convolutions(m);
     m.def("mirror", &mirror, py::arg("source"), py::arg("target"));
     m.def("erf", py::vectorize([](double x) { return std::erf(x); }), py::arg("x"));
     m.def("isa", [] { return std::string(ntk::kernels().isa); });

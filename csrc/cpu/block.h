@@ -46,6 +46,12 @@ struct Buffer {
     }
     __attribute__((always_inline)) inline ~Buffer() { std::free(data); }
     __attribute__((always_inline)) inline bool ready() const { return data || empty; }
+    // Whoever asks for it frees it.
+    __attribute__((always_inline)) inline T* release() {
+        T* given = data;
+        data = nullptr;
+        return given;
+    }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
 };

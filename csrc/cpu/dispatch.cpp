@@ -4,14 +4,14 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "conv.h"
 
 namespace ntk {
 
 #ifdef NTK_X86
-namespace v2 { extern const Kernels table; extern const Products products; }
-namespace v3 { extern const Kernels table; extern const Products products; }
-namespace v4 { extern const Kernels table; extern const Products products; }
+namespace v2 { extern const Kernels table; extern const Products products; extern const ConvKernels conv; }
+namespace v3 { extern const Kernels table; extern const Products products; extern const ConvKernels conv; }
+namespace v4 { extern const Kernels table; extern const Products products; extern const ConvKernels conv; }
 
 const Kernels* kernels_of(const char* isa) {
     __builtin_cpu_init();
@@ -22,7 +22,7 @@ const Kernels* kernels_of(const char* isa) {
 }
 static const char* const kIsas[] = {"v4", "v3", "v2"};
 #else
-namespace baseline { extern const Kernels table; extern const Products products; }
+namespace baseline { extern const Kernels table; extern const Products products; extern const ConvKernels conv; }
 
 const Kernels* kernels_of(const char* isa) { return !std::strcmp(isa, "baseline") ? &baseline::table : nullptr; }
 static const char* const kIsas[] = {"baseline"};
@@ -34,6 +34,15 @@ const Products* products_of(const char* isa) {
     return !k ? nullptr : k == &v4::table ? &v4::products : k == &v3::table ? &v3::products : &v2::products;
 #else
     return k ? &baseline::products : nullptr;
+#endif
+}
+
+const ConvKernels* conv_kernels_of(const char* isa) {
+    const Kernels* k = kernels_of(isa);
+#ifdef NTK_X86
+    return !k ? nullptr : k == &v4::table ? &v4::conv : k == &v3::table ? &v3::conv : &v2::conv;
+#else
+    return k ? &baseline::conv : nullptr;
 #endif
 }
 

@@ -14,6 +14,7 @@ from ntkfast import _core
 from ntkfast._arrays import OutOfMemoryError
 from ntkfast._file import gram_to_file
 from ntkfast.activation import Activation
+from ntkfast.convolution import ConvNetwork, conv_net, conv_resnet
 from ntkfast.empirical import WidthCheck, check_against_network, empirical_ntk
 from ntkfast.finite import FiniteNetwork, init
 from ntkfast.gram import diagonal, gram, layer_grams
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Activation",
     "Bottleneck",
+    "ConvNetwork",
     "Dense",
     "FiniteNetwork",
     "KernelOperator",
@@ -40,6 +42,8 @@ __all__ = [
     "WidthCheck",
     "bottleneck_resnet",
     "check_against_network",
+    "conv_net",
+    "conv_resnet",
     "diagonal",
     "empirical_ntk",
     "fixed_readout_resnet",

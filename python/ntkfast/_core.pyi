@@ -80,6 +80,26 @@ def multiply_add(
     first: bool = False,
     isa: str = "",
 ) -> None: ...
+
+class ConvImages:
+    def __init__(
+        self, plan: Plan, shape: Sequence[int], fast: bool, x: NDArray[Any], twice: bool, isa: str = ""
+    ) -> None: ...
+
+def conv_tile(
+    plan: Plan,
+    x: ConvImages,
+    i0: int,
+    y: ConvImages,
+    j0: int,
+    triangle: bool,
+    paired: bool,
+    first: int,
+    shifts: int,
+    sums: _D,
+    slices: _D | None,
+) -> None: ...
+def conv_bytes(plan: Plan, shape: Sequence[int], fast: bool, single: bool, twice: bool) -> int: ...
 def mirror(source: NDArray[Any], target: NDArray[Any]) -> None: ...
 def erf(x: Any) -> NDArray[np.float64]: ...
 def isa() -> str: ...

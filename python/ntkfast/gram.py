@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkfast import _conv
 from ntkfast._cuda.gram import Output, Slices
 from ntkfast._plan import mix_of
 from ntkfast._problem import Problem, factors, run_tiles
 from ntkfast._table import Path
 from ntkfast._tiles import Tile
+from ntkfast.convolution import ConvNetwork
 from ntkfast.network import Network
 
 Array = NDArray[Any]
@@ -31,8 +33,18 @@ def _check_kinds(get: Any) -> tuple[str, ...]:
     return kinds
 
 
+def _dense_sums(accumulate: str | None) -> None:
+    if accumulate is not None:
+        raise ValueError(f"accumulate={accumulate!r} is for inner products of rows: convolutional networks have none")
+
+
+def _dense_format(data_format: str) -> None:
+    if data_format != "channels_last":
+        raise ValueError(f"data_format={data_format!r} is for images: this network takes one row per point")
+
+
 def gram(
-    net: Network,
+    net: Network | ConvNetwork,
     X: Any,
     Y: Any = None,
     *,
@@ -43,15 +55,16 @@ def gram(
     accumulate: str | None = None,
     out: Any = None,
     progress: bool = False,
+    data_format: str = "channels_last",
 ) -> Any:
     """Gram matrix of an infinitely wide network.
 
     Parameters
     ----------
-    net : Network
+    net : Network or ConvNetwork
         From :func:`fully_connected`, :func:`resnet`, :func:`bottleneck_resnet`, :func:`fixed_readout_resnet` or
-        :class:`Network`.
-    X : array, shape (n, d)
+        :class:`Network`; from :func:`conv_net`, :func:`conv_resnet` or :class:`ConvNetwork`.
+    X : array, shape (n, d), or images (n, *grid, channels) with one or two grid axes
         Points: NumPy or anything with DLPack or the buffer protocol. float32 gives float32, float64
         float64; integers and booleans become float64. Zero rows are legal. Arrays on a GPU (CuPy, torch, JAX) are
         taken without a copy; everything then runs on that GPU, on the current stream of the library they come from.
@@ -76,6 +89,8 @@ def gram(
         on the GPU of X with contiguous rows. Filled tile by tile.
     progress : bool
         Show a progress bar (tqdm if installed).
+    data_format : "channels_last" or "channels_first"
+        Of images.
 
     Returns
     -------
@@ -114,6 +129,11 @@ def gram(
     >>> ntk, nngp = nf.gram(nf.resnet(depth=3, activation="erf"), X, get=("ntk", "nngp"))
     """
     kinds = _check_kinds(get)
+    if isinstance(net, ConvNetwork):
+        _dense_sums(accumulate)
+        images = _conv.Problem(net, X, Y, dtype, device, data_format)
+        return _results(images, _conv.gram(images, kinds, normalize, out, progress), out, get, kinds)
+    _dense_format(data_format)
     problem = Problem(net, X, Y, dtype, device, accumulate)
     mixes = [mix_of(net, kind) for kind in kinds]
     path = problem.path(mixes)
@@ -146,7 +166,7 @@ def gram(
     return _results(problem, outs, out, get, kinds)
 
 
-def _results(problem: Problem, outs: list[Any], out: Any, get: Any, kinds: tuple[str, ...]) -> Any:
+def _results(problem: Problem | _conv.Problem, outs: list[Any], out: Any, get: Any, kinds: tuple[str, ...]) -> Any:
     """Results of the kind that came in, or what was given as out=."""
     given = list(out) if isinstance(out, (tuple, list)) else [out]
     results = given if out is not None else [problem.wrap(a) for a in outs]
@@ -163,7 +183,7 @@ def _set_diagonal(array: Any, diagonal: Vector) -> None:
 
 
 def layer_grams(
-    net: Network,
+    net: Network | ConvNetwork,
     X: Any,
     Y: Any = None,
     *,
@@ -172,6 +192,7 @@ def layer_grams(
     accumulate: str | None = None,
     out: Any = None,
     progress: bool = False,
+    data_format: str = "channels_last",
 ) -> Any:
     """One Gram matrix per trained weight matrix; their sum is the NTK.
 
@@ -202,6 +223,11 @@ def layer_grams(
     >>> bool(np.allclose(G.sum(axis=0), nf.gram(net, X)))
     True
     """
+    if isinstance(net, ConvNetwork):
+        _dense_sums(accumulate)
+        images = _conv.Problem(net, X, Y, dtype, device, data_format, own=True)
+        return _results(images, [_conv.layer_grams(images, out, progress)], out, "", ())
+    _dense_format(data_format)
     problem = Problem(net, X, Y, dtype, device, accumulate)
     count, readout = len(net.slices), net.readout
     mix = mix_of(net, "ntk")
@@ -224,13 +250,15 @@ def layer_grams(
     return _results(problem, outs, out, "", ())
 
 
-def diagonal(net: Network, X: Any, *, get: str = "ntk", dtype: Any = None) -> Any:
+def diagonal(
+    net: Network | ConvNetwork, X: Any, *, get: str = "ntk", dtype: Any = None, data_format: str = "channels_last"
+) -> Any:
     """The diagonal of :func:`gram` in O(n) time and memory.
 
     Parameters
     ----------
-    net : Network
-    X : array, shape (n, d)
+    net : Network or ConvNetwork
+    X : array, shape (n, d), or images
     get : "ntk", "nngp" or "last_hidden"
 
     Returns
@@ -250,6 +278,10 @@ def diagonal(net: Network, X: Any, *, get: str = "ntk", dtype: Any = None) -> An
     if not isinstance(get, str):
         raise ValueError(f"diagonal takes one kind, got get={get!r}; use one of {', '.join(KINDS)}")
     (kind,) = _check_kinds(get)
+    if isinstance(net, ConvNetwork):
+        images = _conv.Problem(net, X, None, dtype, None, data_format)
+        return images.wrap(_conv.diagonal(images, kind))
+    _dense_format(data_format)
     problem = Problem(net, X, None, dtype, None)
     mix = mix_of(net, kind)
     tables = problem.path([mix]).tables

@@ -1,0 +1,447 @@
+"""Gram matrices of convolutional networks: inputs checked, layers compiled, pairs of images tile by tile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkfast import _core, _hermite
+from ntkfast._arrays import allocate, as_numpy, check_memory, not_finite, result_dtype
+from ntkfast._plan import _HERMITE, _IDS, _STEP, _expanded, _suffix_row, _table
+from ntkfast._tiles import Progress
+from ntkfast.convolution import ConvNetwork
+
+Array = NDArray[Any]
+Vector = NDArray[np.float64]
+
+FORMATS = ("channels_last", "channels_first")
+#: Seconds one call into the kernels should take at most.
+_CALL = 0.15
+#: Bytes of prepared images on each side of a tile.
+_SIDE_BYTES = 24 << 20
+#: Scales of images are powers of 2^_COARSE.
+_COARSE = 24
+#: Images of one side of a tile.
+_SIDE = 512
+
+
+def _grid_first(x: Array, name: str, data_format: str) -> tuple[Array, tuple[int, ...]]:
+    """(n, channels, height, width) view or copy, and the grid of the user (one or two axes)."""
+    if data_format not in FORMATS:
+        raise ValueError(f"data_format={data_format!r} is unknown; use one of {', '.join(FORMATS)}")
+    if x.ndim not in (3, 4):
+        order = "(n, *grid, channels)" if data_format == "channels_last" else "(n, channels, *grid)"
+        raise ValueError(f"{name} must have shape {order} with one or two grid axes, got {x.shape}")
+    if 0 in x.shape:
+        raise ValueError(f"{name} is empty: shape {x.shape}")
+    if data_format == "channels_last":
+        x = np.moveaxis(x, -1, 1)
+    grid = x.shape[2:]
+    return (x if x.ndim == 4 else x[:, :, None, :]), grid
+
+
+def fast_path(net: ConvNetwork) -> bool:
+    """True if no correlation is negative after the first layer, and nothing but its norm distinguishes a patch from its
+    multiples (csrc/cpu/conv_fast.h)."""
+    first, *others = net.layers
+    if not first.activation.homogeneous or not -1 <= first.activation.slope <= 0:
+        return False
+    for layer in net.layers:
+        if not layer.activation.homogeneous or layer.bias_variance != 0 or layer.weight_variance == 0:
+            return False
+    for layer in others:
+        c = layer.coefficients(float)
+        if not layer.trained or (c.p != 0 and (c.p < 0 or c.q < 0 or layer.activation.slope > 1)):
+            return False
+    return True
+
+
+def _kind(layer: Any) -> int:
+    return 0 if layer.activation.homogeneous else _IDS.get(layer.activation.name, _HERMITE)
+
+
+def _scalable(net: ConvNetwork) -> bool:
+    return all(layer.activation.homogeneous and layer.bias_variance == 0 for layer in net.layers)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """One result as theta T + cov S + last G, T and S and G added up over positions."""
+
+    theta: float
+    cov: float
+    last: float
+
+    def of(self, sums: Array) -> Array:
+        """From the sums of the kernels: T + S, S, G."""
+        value = self.theta * sums[0] + (self.cov - self.theta) * sums[1] if self.theta else self.cov * sums[1]
+        total: Array = value + self.last * sums[2] if self.last else value
+        return total
+
+
+def _mix(net: ConvNetwork, kind: str, positions: int) -> Sums:
+    w = net.readout.weight_variance / (positions**2 if net.pooling == "gap" else 1)
+    if kind == "ntk":
+        return Sums(w, w * float(net.readout.trained), 0.0)
+    return Sums(0.0, w, 0.0) if kind == "nngp" else Sums(0.0, 0.0, w)
+
+
+@dataclass
+class Side:
+    """Images (n, channels, height, width) ready for the kernels; image k stands for scale[k] times itself."""
+
+    images: Array
+    scale: Vector
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def _side(x: Array, name: str, dtype: np.dtype[Any], *, scaled: bool) -> Side:
+    """One working copy. Scaled: by powers of two, so that nothing leaves the range of the dtype; a common power where
+    that will do, because positions at which two images are equal then stay equal."""
+    with np.errstate(over="ignore"):
+        images = np.array(x, dtype=dtype, order="C")
+    flat = images.reshape(len(images), -1)
+    largest = np.maximum(flat.max(axis=1), -flat.min(axis=1)).astype(np.float64)
+    if not np.isfinite(largest).all():
+        bad = int(np.flatnonzero(~np.isfinite(largest))[0])
+        raise not_finite(name, bad, np.asarray(x[bad]), dtype)
+    if not scaled:
+        return Side(images, np.ones(len(images)))
+    exponents = np.where(largest > 0, np.frexp(largest)[1], 0)
+    # Pixels are often 0 .. 1 or 0 .. 255: the grid of common exponents is coarse, and does not depend on other images.
+    common = np.round(exponents / _COARSE).astype(np.int64) * _COARSE
+    if common.any():
+        half = -common // 2
+        flat[...] = np.ldexp(np.ldexp(flat, half[:, None]), (-common - half)[:, None])
+    return Side(images, np.where(largest > 0, np.ldexp(1.0, common), 0.0))
+
+
+class Problem:
+    """Checked inputs and compiled layers of one call."""
+
+    def __init__(
+        self, net: ConvNetwork, X: Any, Y: Any, dtype: Any, device: Any, data_format: str, *, own: bool = False
+    ) -> None:
+        if device is not None and device != "cpu":
+            raise ValueError(f"device={device!r}: convolutional networks run on the CPU only so far; use device=None")
+        x, self.wrap = as_numpy(X, "X")
+        x, grid = _grid_first(x, "X", data_format)
+        y = None
+        if Y is not None:
+            y, other = _grid_first(as_numpy(Y, "Y")[0], "Y", data_format)
+            if other != grid:
+                raise ValueError(f"X has images of {grid} positions and Y of {other}")
+            if x.shape[1] != y.shape[1]:
+                raise ValueError(f"X has {x.shape[1]} channels and Y has {y.shape[1]}")
+        self.dtype = result_dtype(dtype, ("X", x), *([] if y is None else [("Y", y)]))
+        self.net, self.grid, self.symmetric = net, grid, y is None
+        self.fast = fast_path(net) and not own
+        scaled = _scalable(net)
+        check_memory(x.size * self.dtype.itemsize, "a working copy of X")
+        self.x = _side(x, "X", self.dtype, scaled=scaled)
+        self.y = self.x if y is None else _side(y, "Y", self.dtype, scaled=scaled)
+        self.height, self.width = self.x.images.shape[2:]
+        self.positions = self.height * self.width
+        self.pooled = net.pooling == "gap"
+        windows = net.windows(len(grid))
+        reach_y, reach_x = (windows[-2] // 2 if len(grid) == 2 else 0), windows[-1] // 2
+        self.geometry = (self.height, self.width, x.shape[1], reach_y, reach_x, int(net.padding == "circular"),
+                         int(self.pooled))  # fmt: skip
+        self.core, self.exponent, self.terms = self._compile()
+
+    def _compile(self) -> tuple[Any, int, int]:
+        """The layers for the kernels, the power of two of the results' square root, and the terms of Hermite tables."""
+        net, down, scaled = self.net, 0, _scalable(self.net)
+        rows, ints, cache = [], [], list[Any]()
+        slots = (2 * self.geometry[3] + 1) * (2 * self.geometry[4] + 1)
+        expanded = _expanded(net)  # type: ignore[arg-type]
+        last = max((k for k, expand in enumerate(expanded) if expand), default=-1)
+        # Variances of one image of ones, whose growth is divided out; of all images, for the tables.
+        var = np.ones((1, self.height, self.width)) if last < 0 else self._variances()
+        mean = np.zeros_like(var)
+        for k, layer in enumerate(net.layers):
+            c = layer.coefficients(float)
+            c = c._replace(cw=c.cw / slots if net.average else c.cw)
+            row, kind, table, power = _suffix_row(layer, c, 0, 0), _kind(layer), -1, 0
+            if expanded[k]:
+                try:
+                    table = _table(layer.activation, row, self._window(var).ravel(), self.dtype, cache)
+                except _hermite.ExpansionError as error:
+                    if layer.activation.name != "gelu":
+                        raise ValueError(f"{error}: layer {k + 1}; normalise the images or raise the tolerance: "
+                                         "Activation.with_tolerance(...)") from None  # fmt: skip
+            ints.append([_HERMITE if table >= 0 else kind, table, -1, -1])
+            if scaled:
+                # An image of variance 1 everywhere stays within 2^-+_STEP/4, so that float32 is far from its limits.
+                most = float(self._advance(row, ints[-1], var, mean, cache)[0].max())
+                if most > 0 and abs(math.log2(most)) > _STEP / 4:
+                    power = round(math.log2(most) / 2)
+                    row = _suffix_row(layer, c, 0, power)
+            if scaled or k < last:
+                var, mean = self._advance(row, ints[-1], var, mean, cache)
+            down += power
+            rows.append(row)
+        core = _core.Plan(np.zeros((0, 9)), np.zeros((0, 5), dtype=np.int32), 1.0, 0.0, np.array(rows),
+                          np.array(ints, dtype=np.int32), [t[0].as_tuple() for _, _, t in cache])  # fmt: skip
+        return core, down, max((t[0].evens + t[0].odds for _, _, t in cache), default=0)
+
+    def _variances(self) -> Vector:
+        """Variances of the positions of all images."""
+        sides = [self.x] if self.symmetric else [self.x, self.y]
+        return np.concatenate([np.einsum("kchw,kchw->khw", s.images, s.images, dtype=np.float64) for s in sides])
+
+    def _advance(
+        self, row: list[float], ints: list[int], var: Vector, mean: Vector, cache: list[Any]
+    ) -> tuple[Vector, Vector]:
+        """Variances and means of the positions after a layer."""
+        p, q, r = row[:3]
+        # One step without skip and with q = 1 gives mean = mu and q = Q_ii.
+        step = _core.Plan(
+            np.zeros((0, 9)),
+            np.zeros((0, 5), dtype=np.int32),
+            1.0,
+            0.0,
+            np.array([[0.0, 1.0, 1.0, *row[3:]]]),
+            np.array([ints], dtype=np.int32),
+            [t[0].as_tuple() for _, _, t in cache],
+        )
+        lam = np.ascontiguousarray(self._window(var).ravel())
+        _, mu, second = (part.reshape(var.shape) for part in _core.rows(step, 0, lam, np.zeros_like(lam)))
+        return p * p * var + 2 * p * q * mean * mu + r * second, p * mean + q * mu
+
+    def _window(self, var: Vector) -> Vector:
+        """Window sums over the last two axes."""
+        reach = self.geometry[3:5]
+        mode: Any = "wrap" if self.geometry[5] else "constant"
+        for axis, r in zip((-2, -1), reach, strict=True):
+            pad = [(0, 0)] * var.ndim
+            pad[axis] = (r, r)
+            wide = np.pad(var, pad, mode=mode)
+            n = var.shape[axis]
+            var = np.sum([np.take(wide, range(d, d + n), axis=axis) for d in range(2 * r + 1)], axis=0)
+        return var
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.x), len(self.y)
+
+    def nanoseconds(self) -> float:
+        """Rough time of one pair on all threads."""
+        one = (2.5 if self.fast else 40.0 + 3.0 * self.terms) * (0.4 if self.dtype == np.float32 and self.fast else 1.0)
+        lanes = 1 + 16 / self.width
+        planes = self.positions if self.pooled else 1
+        return float(one * lanes * self.positions * planes * len(self.net.layers) / _core.threads() + 100.0)
+
+    def side(self) -> int:
+        """Images of one side of a tile."""
+        single = self.dtype == np.float32
+        each = max(_core.conv_bytes(self.core, self.geometry, self.fast, single, twice)
+                   for twice in ({False, self.pooled}))  # fmt: skip
+        most = max(1, _SIDE_BYTES // each)
+        # Images are prepared once a tile: that is nothing for a pooled kernel.
+        return int(min(most, 16 if self.pooled else _SIDE))
+
+    def prepare(self, images: Array, *, twice: bool) -> Any:
+        return _core.ConvImages(self.core, self.geometry, self.fast, images, twice)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of the result and their sums."""
+
+    rows: slice
+    cols: slice
+    mirrored: bool  #: also the columns and rows
+    sums: Vector  #: (3, rows, cols)
+    slices: Vector | None  #: (layers, rows, cols)
+
+
+def _cuts(n: int, side: int) -> list[slice]:
+    return [slice(k, min(k + side, n)) for k in range(0, n, side)]
+
+
+def _shifts(problem: Problem, sums: Vector, seconds: float, call: Any) -> None:
+    """Call for all row shifts, in as many parts as keep a call short."""
+    count = problem.height if problem.pooled else 1
+    step = max(1, min(count, int(count * _CALL / max(seconds, 1e-9))))
+    for first in range(0, count, step):
+        call(first, min(step, count - first), sums)
+
+
+def parts(problem: Problem, *, slices: bool) -> Iterator[Part]:
+    """All pairs, a few rows at a time; if symmetric, on and above the diagonal (on its tiles below it too)."""
+    side, one = problem.side(), 1e-9 * problem.nanoseconds()
+    layers = len(problem.net.layers)
+    for rows in _cuts(len(problem.x), side):
+        x = problem.prepare(problem.x.images[rows], twice=False)
+        for cols in _cuts(len(problem.y), side):
+            if problem.symmetric and cols.start < rows.start:
+                continue
+            same = problem.symmetric and rows == cols
+            y = x if same and not problem.pooled else problem.prepare(problem.y.images[cols], twice=problem.pooled)
+            for some in _cuts(rows.stop - rows.start, max(1, int(_CALL / (one * (cols.stop - cols.start))))):
+                start = some.start if same else 0
+                for part in _cuts(cols.stop - cols.start - start, max(1, int(_CALL / one))):
+                    i0, j0 = some.start, start + part.start
+                    count = some.stop - some.start, part.stop - part.start
+                    sums = np.zeros((3, *count))
+                    own = np.zeros((layers, *count)) if slices else None
+
+                    def call(first: int, shifts: int, sums: Vector, x: Any = x, y: Any = y, i0: int = i0, j0: int = j0,
+                             same: bool = same, own: Vector | None = own) -> None:  # fmt: skip
+                        _core.conv_tile(problem.core, x, i0, y, j0, same, False, first, shifts, sums, own)
+
+                    _shifts(problem, sums, one * count[0] * count[1], call)
+                    yield Part(
+                        slice(rows.start + i0, rows.start + some.stop),
+                        slice(cols.start + j0, cols.start + j0 + count[1]),
+                        problem.symmetric,
+                        sums,
+                        own,
+                    )
+
+
+def diagonal_sums(problem: Problem, side: Side) -> Vector:
+    """(3, n): the sums of every image with itself."""
+    result = np.zeros((3, len(side)))
+    one = 1e-9 * problem.nanoseconds()
+    for part in _cuts(len(side), min(problem.side(), max(1, int(_CALL / one)))):
+        x = problem.prepare(side.images[part], twice=False)
+        y = problem.prepare(side.images[part], twice=True) if problem.pooled else x
+        sums = np.zeros((3, part.stop - part.start, 1))
+
+        def call(first: int, shifts: int, sums: Vector, x: Any = x, y: Any = y) -> None:
+            _core.conv_tile(problem.core, x, 0, y, 0, False, True, first, shifts, sums, None)
+
+        _shifts(problem, sums, one * sums.shape[1], call)
+        result[:, part] = sums[:, :, 0]
+    return result
+
+
+def _store(out: Any, part: Part, values: Array) -> None:
+    """Values (..., rows, cols) and, on symmetric results, their mirror; nothing below the diagonal."""
+    if not part.mirrored:
+        out[..., part.rows, part.cols] = values
+        return
+    if part.cols.start >= part.rows.stop:
+        out[..., part.rows, part.cols] = values
+        out[..., part.cols, part.rows] = np.swapaxes(values, -1, -2)
+        return
+    for k in range(part.rows.start, part.rows.stop):
+        first = max(k, part.cols.start)
+        if first >= part.cols.stop:
+            continue
+        row = values[..., k - part.rows.start, first - part.cols.start :]
+        out[..., k, first : part.cols.stop] = row
+        out[..., first : part.cols.stop, k] = row
+
+
+def _factors(problem: Problem, side: Side, sums: Vector, mix: Sums, name: str, get: str, *, normalize: bool) -> Vector:
+    """f of one side: K_ij = (..) f_i f_j; refuses what does not fit."""
+    diagonal = mix.of(sums)
+    if normalize:
+        if not np.isfinite(diagonal).all():
+            raise OverflowError(f"the {get} of {name} leaves the range of float64 within the network: scale the images")
+        return np.where(diagonal > 0, 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0)), 0.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        f = np.ldexp(side.scale, problem.exponent)
+        values = diagonal * f * f
+    bad = ~(np.abs(values) <= float(np.finfo(problem.dtype).max))
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise OverflowError(f"the {get} of image {row} of {name} does not fit in {problem.dtype}; use normalize=True, "
+                            "smaller images or dtype=numpy.float64")  # fmt: skip
+    return f
+
+
+def _fill(problem: Problem, outs: list[Any], make: Any, progress: bool, *, slices: bool = False) -> None:
+    n, m = problem.shape
+    with Progress(progress, n * (n + 1) // 2 if problem.symmetric else n * m) as bar:
+        for part in parts(problem, slices=slices):
+            for k, out in enumerate(outs):
+                _store(out, part, make(k, part).astype(problem.dtype))
+            count = part.sums.shape[1] * part.sums.shape[2]
+            bar.add(count if not part.mirrored or part.cols.start >= part.rows.stop else count / 2)
+
+
+def gram(problem: Problem, kinds: tuple[str, ...], normalize: bool, out: Any, progress: bool) -> list[Any]:
+    """The kernels of ``kinds``."""
+    mixes = [_mix(problem.net, kind, problem.positions) for kind in kinds]
+    outs = allocate(out, [problem.shape] * len(kinds), problem.dtype, kinds, [problem.x.images, problem.y.images])
+
+    def factors(side: Side, name: str) -> list[Vector]:
+        sums = diagonal_sums(problem, side)
+        return [_factors(problem, side, sums, mix, name, kind, normalize=normalize)
+                for mix, kind in zip(mixes, kinds, strict=True)]  # fmt: skip
+
+    left = factors(problem.x, "X")
+    right = left if problem.symmetric else factors(problem.y, "Y")
+
+    def make(k: int, part: Part) -> Array:
+        return (mixes[k].of(part.sums) * left[k][part.rows][:, None]) * right[k][part.cols]
+
+    _fill(problem, outs, make, progress)
+    if problem.symmetric and normalize:
+        for array, f in zip(outs, left, strict=True):
+            for i, value in enumerate(f):
+                array[i, i] = float(value > 0)
+    return outs
+
+
+def layer_grams(problem: Problem, out: Any, progress: bool) -> Any:
+    """(P, n, m): one slice per trained layer, then the readout (flatten)."""
+    net = problem.net
+    if problem.pooled:
+        raise ValueError('layer_grams of a ConvNetwork is there for readout="flatten" only')
+    trained = [k for k, layer in enumerate(net.layers) if layer.trained]
+    count = len(net.slices)
+    (result,) = allocate(
+        out, [(count, *problem.shape)], problem.dtype, ["layer_grams"], [problem.x.images, problem.y.images]
+    )
+    mix = _mix(net, "ntk", problem.positions)
+
+    def factors(side: Side, name: str) -> Vector:
+        return _factors(problem, side, diagonal_sums(problem, side), mix, name, "ntk", normalize=False)
+
+    left = factors(problem.x, "X")
+    right = left if problem.symmetric else factors(problem.y, "Y")
+
+    def make(_: int, part: Part) -> Array:
+        slices = part.slices[trained] if part.slices is not None else np.zeros((0, *part.sums.shape[1:]))
+        if net.readout.trained:
+            slices = np.concatenate([slices, part.sums[1:2]])
+        return net.readout.weight_variance * slices * left[part.rows][:, None] * right[part.cols]
+
+    if count:
+        _fill(problem, [result], make, progress, slices=True)
+    return result
+
+
+def diagonal(problem: Problem, kind: str) -> Vector:
+    """K_ii of one kernel."""
+    mix = _mix(problem.net, kind, problem.positions)
+    sums = diagonal_sums(problem, problem.x)
+    f = _factors(problem, problem.x, sums, mix, "X", kind, normalize=False)
+    values: Vector = (mix.of(sums) * f * f).astype(problem.dtype)
+    return values
+
+
+def plan(net: ConvNetwork, X: Any) -> str:
+    """What ``gram(net, X)`` will do; see :meth:`ConvNetwork.plan`."""
+    problem = Problem(net, X, None, None, None, "channels_last")
+    n, grid = len(problem.x), "x".join(str(size) for size in problem.grid)
+    planes = f"all {problem.positions} shifts" if problem.pooled else "equal positions only"
+    state = "half squared distances" if problem.fast else "half squared distances and norms of sums, in float64"
+    seconds = 0.5e-9 * n * (n + 1) * problem.nanoseconds()
+    return (
+        f"recursion on planes of positions: {len(net.layers)} layers, {planes}, {state}\n"
+        f"{n} images of {grid} positions and {problem.x.images.shape[1]} channels, {problem.dtype}, {_core.isa()} with "
+        f"{_core.threads()} threads\nresult {n * n * problem.dtype.itemsize / 1e6:,.0f} MB; about {seconds:.2g} s"
+    )
