@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import signal
+import subprocess
+import sys
+import time
 
 import conv_oracle
 import numpy as np
@@ -253,6 +257,28 @@ def test_tiles_and_outputs(tmp_path, monkeypatch):
     first = nf.gram(net, np.moveaxis(X, -1, 1), data_format="channels_first")
     assert (first == K).all()
     assert (nf.gram(net, X[:1]) == K[0, 0]).all()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("readout", ["flatten", "gap"])
+def test_control_c_stops_within_seconds(readout):
+    code = f"""
+import numpy as np, ntkfast as nf
+X = np.random.default_rng(0).random((3000, 32, 32, 3))
+print("ready", flush=True)
+nf.gram(nf.conv_net(20, readout={readout!r}), X)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout.readline() == "ready\n"
+        time.sleep(1.0)
+        start = time.monotonic()
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+        # a second of the promise, and what a loaded machine adds
+        assert time.monotonic() - start < 4
+    assert "KeyboardInterrupt" in errors
 
 
 def test_long_signals_and_large_windows():

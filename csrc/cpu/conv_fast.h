@@ -155,17 +155,23 @@ NTK_INLINE void fast_position(const FastLayer<T>& l, const FastRows<T>& a, T tra
         a.E[at] = state, a.M[at] = kernel;  // rounding below 0 is caught where x is formed
     }
 }
-template <bool FIRST, bool SKIP, bool LAST, class T>
-__attribute__((noinline)) static void fast_rows(const FastLayer<T>& layer, const FastRows<T>& rows, T trained) {
+// TOGETHER positions are done together, to hide the latency of their square roots.
+template <bool FIRST, bool SKIP, bool LAST, int TOGETHER, class T>
+__attribute__((noinline)) static void fast_rows_by(const FastLayer<T>& layer, const FastRows<T>& rows, T trained) {
     const FastLayer<T> l = layer;
     const FastRows<T> a = rows;
     for (int r = 0; r < a.rows; ++r)
-        for (int start = 0; start < a.step; start += kLanes<T>) {
+        for (int start = 0; start < a.step; start += TOGETHER) {
             const int c = r * a.step + start, j = r * a.step_j + start, at = r * a.stride + start;
 #pragma omp simd
-            for (int k = 0; k < kLanes<T>; ++k)
+            for (int k = 0; k < TOGETHER; ++k)
                 fast_position<FIRST, SKIP, LAST>(l, a, trained, start + k, c + k, j + k, at + k);
         }
+}
+template <bool FIRST, bool SKIP, bool LAST, class T>
+NTK_INLINE void fast_rows(const FastLayer<T>& l, const FastRows<T>& a, T trained) {
+    if (a.step % (2 * kLanes<T>)) fast_rows_by<FIRST, SKIP, LAST, kLanes<T>>(l, a, trained);
+    else fast_rows_by<FIRST, SKIP, LAST, 2 * kLanes<T>>(l, a, trained);
 }
 template <class T>
 static void fast_rows_of(bool first, bool skip, bool last, const FastLayer<T>& l, const FastRows<T>& a, T trained) {
@@ -174,18 +180,31 @@ static void fast_rows_of(bool first, bool skip, bool last, const FastLayer<T>& l
     return last ? fast_rows<false, false, true>(l, a, trained) : fast_rows<false, false, false>(l, a, trained);
 }
 
-// E and F before the first layer, padded planes.
-template <class T>
-NTK_INLINE void start_row(const T* x, const T* y, int channels, int x_step, int y_step, int n, T* E, T* F) {
-    for (int c = 0; c < n; ++c) E[c] = F[c] = T(0);
-    for (int k = 0; k < channels; ++k) {
-        const T *a = x + k * x_step, *b = y + k * y_step;
+// E and F before the first layer. CHANNELS = 0: any number.
+template <int CHANNELS, class T>
+NTK_INLINE void start_row_of(const T* x, const T* y, int channels, int x_step, int y_step, int n, T* E, T* F) {
+    constexpr int known = CHANNELS ? CHANNELS : 1;
+#pragma omp simd
+    for (int c = 0; c < n; ++c) {
+        T e = T(0), f = T(0);
+        NTK_UNROLL
+        for (int k = 0; k < known; ++k) {
+            const T minus = x[k * x_step + c] - y[k * y_step + c], plus = x[k * x_step + c] + y[k * y_step + c];
+            e = fma_(T(0.5) * minus, minus, e), f = fma_(T(0.5) * plus, plus, f);
+        }
+        E[c] = e, F[c] = f;
+    }
+    for (int k = known; !CHANNELS && k < channels; ++k)
 #pragma omp simd
         for (int c = 0; c < n; ++c) {
-            const T minus = a[c] - b[c], plus = a[c] + b[c];
+            const T minus = x[k * x_step + c] - y[k * y_step + c], plus = x[k * x_step + c] + y[k * y_step + c];
             E[c] = fma_(T(0.5) * minus, minus, E[c]), F[c] = fma_(T(0.5) * plus, plus, F[c]);
         }
-    }
+}
+template <class T>
+NTK_INLINE void start_row(const T* x, const T* y, int channels, int x_step, int y_step, int n, T* E, T* F) {
+    if (channels == 3) start_row_of<3>(x, y, channels, x_step, y_step, n, E, F);
+    else start_row_of<0>(x, y, channels, x_step, y_step, n, E, F);
 }
 
 // What one thread needs for a plane of one pair.

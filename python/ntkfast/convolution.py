@@ -187,7 +187,7 @@ def conv_resnet(
     --------
     >>> import numpy as np, ntkfast as nf
     >>> nf.gram(nf.conv_resnet(depth=2), np.ones((1, 4, 4, 1))).round(2)
-    array([[1031.21]])
+    array([[512.01]])
     """
     depth = _depth(depth)
     block = Residual(activation, scale=finite("c_res", c_res) / depth)
