@@ -613,7 +613,7 @@ print(status("VmHWM") - now)
 @pytest.mark.slow
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
 def test_memory(fresh_python):
-    # 512 MB of result. 64 MB a thread are promised, 40 are allocated; transparent huge pages may double what is resident.
+    # 512 MB of result. 64 MB a thread are promised, 40 are allocated; huge pages may double what is resident.
     assert int(fresh_python(MEMORY, OMP_NUM_THREADS="1")) < 128 << 20
 
 
