@@ -10,7 +10,7 @@ from conftest import assert_close
 
 import ntkfast as nf
 from ntkfast import reference
-from ntkfast.empirical import sample_tiles
+from ntkfast._contract import sample_tiles
 
 ARCTAN = nf.Activation.from_function(np.arctan, lambda x: 1 / (1 + x * x), "arctan")
 MIXED = nf.Network(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkfast._arrays import available_memory
-from ntkfast._contract import Factor, fill
+from ntkfast._contract import Factor, fill, in_tiles, sample_tiles
 from ntkfast.finite import FiniteNetwork, init
 from ntkfast.gram import layer_grams
 from ntkfast.jacobian import result_array
@@ -34,19 +34,6 @@ def memory_budget(memory: int | None) -> int:
     if isinstance(memory, bool) or not isinstance(memory, (int, np.integer)) or memory < 1:
         raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
     return int(memory)
-
-
-def sample_tiles(n: int, m: int | None, bytes_per_sample: int, memory: int) -> list[slice] | None:
-    """Rows of X whose factors are kept at once; ``None`` if those of all samples are.
-
-    The rule of :func:`empirical_ntk`: everything is kept if it fits in ``memory``. Otherwise each tile of rows is kept
-    while those of the columns are made again beside it, and each of the two has half of the memory.
-    """
-    if (n + (m or 0)) * bytes_per_sample <= memory:
-        return None
-    side = max(1, memory // (2 * bytes_per_sample))
-    count = -(-n // side)
-    return [slice(n * k // count, n * (k + 1) // count) for k in range(count)]
 
 
 def empirical_ntk(
@@ -115,36 +102,9 @@ def empirical_ntk(
         size = network.bytes_per_sample
         cols = None if y is None else sample_tiles(len(y), len(x), size, budget)
         other = x if y is None else y
-        in_tiles(lambda part, left: _factors(network, (x if left else other)[part]), result, rows, cols,
+        in_tiles(fill, lambda part, left: _factors(network, (x if left else other)[part]), result, rows, cols,
                  per_layer=per_layer, progress=progress)  # fmt: skip
     return result if out is not None else wrap(result)
-
-
-def in_tiles(
-    make: Callable[[slice, bool], list[Factor]], out: Any, rows: list[slice], cols: list[slice] | None, *,
-    per_layer: bool, progress: Any,
-) -> None:  # fmt: skip
-    """Tile by tile with the factors of one tile of rows and one of columns at a time.
-
-    make(part, left) are those of some rows of X, or of Y if not ``left``; cols None means symmetric.
-    """
-    for i, row in enumerate(rows):
-        left = make(row, True)
-        for j, col in enumerate(rows if cols is None else cols):
-            if cols is None and j < i:
-                continue
-            same = cols is None and i == j
-            right = None if same else make(col, cols is None)
-            direct = isinstance(out, np.ndarray)
-            shape = (*out.shape[:-2], row.stop - row.start, col.stop - col.start)
-            to = out[..., row, col] if direct else np.empty(shape, left[0].inputs.dtype)
-            fill(to, left, right, per_layer=per_layer, progress=progress)
-            if not direct:
-                out[..., row, col] = to
-            if cols is None and not same:
-                out[..., col, row] = np.swapaxes(to, -1, -2)
-            right = None  # before the next ones are made
-        left = []
 
 
 @dataclass(frozen=True)

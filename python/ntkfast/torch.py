@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ntkfast._arrays import check_memory
-from ntkfast._contract import contraction
-from ntkfast.empirical import memory_budget, sample_tiles
+from ntkfast._contract import contraction, sample_tiles
+from ntkfast.empirical import memory_budget
 from ntkfast.jacobian import LayerFactors, jacobian_gram
 
 try:

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import simulate
 from fake_device import Event, Memory, Stream, gemm
+from fake_math import Arithmetic, Functions, erf
 
 #: kDLCUDA of DLPack
 CUDA = 2
@@ -61,7 +62,7 @@ class Foreign:
 # Arrays
 
 
-class Ndarray:
+class Ndarray(Arithmetic):
     """cupy.ndarray: a view of device memory."""
 
     __module__ = "cupy"
@@ -88,7 +89,7 @@ class Ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
 
     def _view(self, host):
-        assert host.base is not None
+        assert host.base is not None or host is self._host
         return Ndarray(self._owner, self._memory, host)
 
     def __getitem__(self, index):
@@ -199,7 +200,7 @@ def _library(path):
 # The module
 
 
-class FakeCupy(types.ModuleType):
+class FakeCupy(Functions, types.ModuleType):
     """Takes the place of the module cupy."""
 
     float32, float64, int32, int64 = np.float32, np.float64, np.int32, np.int64
@@ -291,7 +292,10 @@ class FakeCupy(types.ModuleType):
             setDevice=lambda k: Device(k).use(), deviceSynchronize=lambda: Device().synchronize(),
         )  # fmt: skip
         cublas = types.SimpleNamespace(
-            sgemm=functools.partial(gemm, self, np.float32), dgemm=functools.partial(gemm, self, np.float64),
+            sgemm=functools.partial(gemm, self, np.float32, False),
+            dgemm=functools.partial(gemm, self, np.float64, False),
+            sgemmStridedBatched=functools.partial(gemm, self, np.float32, True),
+            dgemmStridedBatched=functools.partial(gemm, self, np.float64, True),
             getMathMode=self.math_modes.__getitem__, setMathMode=self.math_modes.__setitem__,
             CUBLAS_OP_N=0, CUBLAS_OP_T=1,
         )  # fmt: skip
@@ -371,7 +375,10 @@ def install(monkeypatch, **settings):
     from ntkfast._cuda import compiler
 
     fake = FakeCupy(**settings)
-    monkeypatch.setitem(sys.modules, "cupy", fake)
+    special = types.ModuleType("cupyx.scipy.special")
+    special.erf = erf
+    for name, module in (("cupy", fake), ("cupyx.scipy.special", special)):
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(compiler, "find", lambda major: None)
     monkeypatch.setattr(compiler, "cubin_file", lambda name, *others: simulate.CSRC / "cuda" / f"{name}.cu")
     monkeypatch.setattr(compiler, "_load", functools.cache(compiler._load.__wrapped__))

@@ -152,20 +152,37 @@ class Gpu:
         return self.cupy.cuda.Stream(non_blocking=True)
 
     def free_bytes(self) -> int:
-        return int(self.cupy.cuda.runtime.memGetInfo()[0])
+        """What can be allocated: free, or held by CuPy for the next who asks."""
+        return int(self.cupy.cuda.runtime.memGetInfo()[0]) + int(self.cupy.get_default_memory_pool().free_bytes())
 
-    def product(self, x: Any, y: Any, out: Any) -> None:
-        """out = x y^T by cuBLAS, (n, d) and (m, d) to (n, m), rows contiguous; float32 without TF32."""
+    def product(self, x: Any, y: Any, out: Any, accumulate: bool = False) -> None:
+        """out (+)= x y^T by cuBLAS, (n, d) and (m, d) to (n, m), rows contiguous."""
+        self.multiply(x, y, out, transposed=(False, True), accumulate=accumulate)
+
+    def multiply(
+        self, x: Any, y: Any, out: Any, *, transposed: tuple[bool, bool] = (False, False), accumulate: bool = False
+    ) -> None:
+        """out (+)= x y by cuBLAS; matrices, or stacks of them of one length; rows contiguous.
+
+        ``transposed`` says of x and y whether they are stored as their transpose. float32 is true float32, never TF32:
+        cupy.matmul would follow the variable CUPY_TF32, these calls follow the mode of the handle, which is set here.
+        """
         cublas, handle = self.cupy.cuda.cublas, self.cupy.cuda.get_cublas_handle()
-        gemm = cublas.sgemm if x.dtype == np.float32 else cublas.dgemm
         one, zero = np.ones(1, x.dtype), np.zeros(1, x.dtype)
-        (n, d), m = x.shape, len(y)
+        (n, m), d = out.shape[-2:], x.shape[-2 if transposed[0] else -1]
+        # cuBLAS counts column by column: out^T = y^T x^T, and a matrix with contiguous rows is its transpose there.
+        name, sizes = "gemm", (int(transposed[1]), int(transposed[0]), m, n, d)
+        operands: list[tuple[int, ...]] = [(a.data.ptr, row_stride(a)) for a in (y, x, out)]
+        count: tuple[int, ...] = ()
+        if out.ndim == 3:
+            name, count = "gemmStridedBatched", (len(out),)
+            operands = [(a.data.ptr, row_stride(a[0]), int(a.strides[0]) // int(a.itemsize)) for a in (y, x, out)]
+        gemm = getattr(cublas, ("s" if x.dtype == np.float32 else "d") + name)
         mode = cublas.getMathMode(handle)
         cublas.setMathMode(handle, 0)  # CUBLAS_DEFAULT_MATH: no lower precision, whatever the user has set
         try:
-            # Column by column out is its transpose, y x^T: op 1 transposes, op 0 does not.
-            gemm(handle, 1, 0, m, n, d, one.ctypes.data, y.data.ptr, row_stride(y), x.data.ptr, row_stride(x),
-                 zero.ctypes.data, out.data.ptr, row_stride(out))  # fmt: skip
+            gemm(handle, *sizes, one.ctypes.data, *operands[0], *operands[1],
+                 (one if accumulate else zero).ctypes.data, *operands[2], *count)  # fmt: skip
         finally:
             cublas.setMathMode(handle, mode)
 
