@@ -378,7 +378,7 @@ def test_demo_prints_a_table_and_draws_a_picture(folder, capsys):
     output = capsys.readouterr().out
     lines = output.splitlines()
     heads = [k for k, text in enumerate(lines) if text.startswith("network")]
-    rows, deep = ([text.split() for text in lines[head + 1 : lines.index("", head)]] for head in heads)
+    rows, images, deep = ([text.split() for text in lines[head + 1 : lines.index("", head)]] for head in heads)
     families = [build.__name__ for build in _demo.FAMILIES]
     assert [(row[0], row[1]) for row in rows] == [(name, depth) for name in families for depth in ("3", "10")]
     for _, _, gram_ms, numpy_ms, ratio, error, least, accuracy, *_ in rows:
@@ -388,11 +388,24 @@ def test_demo_prints_a_table_and_draws_a_picture(folder, capsys):
         assert float(error) < 1e-13
         assert 0 < float(least) < 1
         assert 80 < float(accuracy) <= 100
+    check_images(images)
     check_depths(deep)
     assert "max|R|" in output
     assert np.__version__ in output
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert names(folder) == {"picture.png"}
+
+
+def check_images(rows):
+    conv = [["conv_net", "flatten", "300", "150"], ["conv_net", "flatten", "60", "30"], ["conv_net", "gap", "60", "30"]]
+    assert [row[:4] for row in rows] == [conv[0], ["fully_connected", "-", "60", "30"], *conv[1:]]
+    for _, _, n, _, gram_ms, each, error, least, accuracy, *_ in rows:
+        assert float(gram_ms) > 0
+        pairs = int(n) * (int(n) + 1) / 2
+        assert float(each) == pytest.approx(1e3 * float(gram_ms) / pairs, rel=0.06, abs=60 / pairs)  # both rounded
+        assert float(error) < 1e-11  # the reference loses digits where images agree
+        assert 0 < float(least) < 1
+        assert 60 < float(accuracy) <= 100
 
 
 def check_depths(rows):
@@ -427,6 +440,19 @@ def test_the_limits_of_the_demo_are_those_of_great_depth():
     for curve, bound in zip(CURVES, (3e-3, 3e-5), strict=True):
         K = ntkfast.gram(curve.build(10_000), x, normalize=True)
         np.testing.assert_allclose(K[off], curve.limit(x)[off], rtol=0, atol=bound)
+
+
+def test_the_errors_of_images_in_the_demo_are_seen():
+    from ntkfast import _demo
+
+    x, net = np.random.default_rng(0).standard_normal((6, 3, 4, 1)), ntkfast.conv_net(2, readout="gap")
+    K = ntkfast.gram(net, x)
+    assert _demo.image_error(net, x, K, 4) < 1e-13
+    some = np.random.default_rng(0).permutation(6)[:4]
+    for spoil in (1e-9 * K.max(), np.nan):
+        wrong = K.copy()
+        wrong[some[2], some[1]] += spoil
+        assert not _demo.image_error(net, x, wrong, 4) < 1e-11
 
 
 @pytest.mark.parametrize("missing", ["sklearn", "matplotlib"])
