@@ -311,7 +311,7 @@ def test_bad_input():
         ({"input_shape": 0}, ValueError, "input_shape"),
         ({"seed": None}, TypeError, "seed"),
         ({"dtype": "float16"}, TypeError, "float32 or float64"),
-        ({"device": "tpu"}, ValueError, "CPU"),
+        ({"device": "tpu"}, ValueError, "use None"),
         ({"net": "resnet"}, TypeError, "Network"),
         ({"net": nf.fully_connected(1, nf.Activation.from_function(np.arctan))}, ValueError, "derivative"),
     ]:

@@ -85,11 +85,13 @@ def contractions(left: Sequence[Factor], right: Sequence[Factor], *, symmetric: 
     ]  # fmt: skip
 
 
-def _buffers(left: Sequence[Factor], right: Sequence[Factor]) -> tuple[Array, Array]:
-    def rows(factor: Factor) -> int:
-        return min(max(ROWS, factor.positions), len(factor.inputs))
+def _buffers(left: Sequence[Factor], right: Sequence[Factor], ways: Sequence[str]) -> tuple[Array, Array]:
+    def rows(factor: Factor, way: str) -> int:
+        # products of all positions of a sample at least; gradients are rows of samples, however many positions
+        count = len(factor.inputs) if way == "products" else len(factor)
+        return min(max(ROWS, factor.positions) if way == "products" else ROWS, count)
 
-    size = max(rows(a) * rows(b) for a, b in zip(left, right, strict=True))
+    size = max(rows(a, way) * rows(b, way) for a, b, way in zip(left, right, ways, strict=True))
     return np.empty(size, dtype=left[0].inputs.dtype), np.empty(size, dtype=left[0].inputs.dtype)
 
 
@@ -198,7 +200,7 @@ def fill(out: Any, left: Sequence[Factor], right: Sequence[Factor] | None, *, pe
     symmetric, other = right is None, left if right is None else right
     dtype = left[0].inputs.dtype
     ways = contractions(left, other, symmetric=symmetric)
-    work = _Work(left, other, ways, per_layer, _buffers(left, other))
+    work = _Work(left, other, ways, per_layer, _buffers(left, other, ways))
     todo = list(tiles(n, m, symmetric, _side(out, dtype)))
     with Progress(progress, sum(tile.entries for tile in todo)) as bar:
         for tile in todo:

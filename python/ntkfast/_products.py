@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkfast import _core
+from ntkfast._contract import Factor
 from ntkfast._cuda import jacobian as gpu_jacobian
 
 Array = NDArray[Any]
@@ -62,3 +63,12 @@ def add_products(to: Array, left: Array, right: Array) -> None:
         return
     for c in range(len(to)):
         _core.multiply_add(to[c], left[c], right)
+
+
+def weight_gradients(factor: Factor, out: Array) -> None:
+    """out = weight gradients of every sample, (n, fan_in fan_out)."""
+    A, D = factor.blocks
+    if not on_host(A):
+        gpu_jacobian.gradients_of(factor, slice(0, A.shape[2]), slice(0, D.shape[2]), out.reshape(-1))
+        return
+    np.matmul(A.transpose(0, 2, 1), D, out=out.reshape(len(factor), A.shape[2], D.shape[2]))

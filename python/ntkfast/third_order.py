@@ -8,15 +8,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkfast._products import add_products, combine, squared, times
-from ntkfast.finite import FiniteNetwork, Step
-from ntkfast.jacobian import result_array
+from ntkfast._cuda.device import index_of
+from ntkfast._passes import Step
+from ntkfast._products import add_products, combine, on_host, squared, times
+from ntkfast.convolution import ConvNetwork
+from ntkfast.finite import FiniteNetwork, here
+from ntkfast.jacobian import allocate
 from ntkfast.layers import Dense, Residual
 
 Array = NDArray[Any]
 
 #: Bytes of the tangents of all samples along a block of gradients.
 _BLOCK = 48 << 20
+#: The same on a GPU, if it has four times that: a product of a block should fill it. Not measured.
+_DEVICE_BLOCK = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ def _check(network: Any) -> None:
     if not isinstance(network, FiniteNetwork):
         raise TypeError(f"network must be a FiniteNetwork from init(...), got {type(network).__name__}")
     net = network.net
+    if isinstance(net, ConvNetwork):
+        raise ValueError("third_order_kernel takes dense networks (fully_connected, resnet), not a ConvNetwork")
     for h, layer in enumerate(net.layers, 1):
         if not isinstance(layer, (Dense, Residual)):
             raise ValueError("third_order_kernel takes Dense and Residual layers (fully_connected, resnet); "
@@ -125,6 +132,7 @@ def third_order_kernel(network: FiniteNetwork, X: Any, *, out: Any = None) -> An
     network : FiniteNetwork
         Of :func:`fully_connected` or :func:`resnet` (Dense and Residual layers) without biases, activations smooth.
     X : array, shape (n, d)
+        On the device of the network, or in host memory.
     out : array, optional
         Where the result goes; anything with slice assignment.
 
@@ -156,17 +164,20 @@ def third_order_kernel(network: FiniteNetwork, X: Any, *, out: Any = None) -> An
     ((4, 4, 4), True)
     """
     _check(network)
-    x, wrap = network.points(X, "X")
-    n = len(x)
-    result = result_array(out, (n, n, n), network.dtype, [x])
-    layers, last = _layers(network, x)
-    head = network._head.weight**2 * network._head.trained
-    width = max(max(l.W.shape) for l in layers)
-    # z' and x' of every layer, and a few arrays on the way, per gradient
-    size = (2 * len(layers) + 6) * n * width * x.itemsize + 4 * n * n * x.itemsize
-    step = max(1, _BLOCK // size)
-    for start in range(0, n, step):
-        part = slice(start, min(start + step, n))
-        half = _block(layers, last, head, part)
-        result[:, :, part] = np.moveaxis(half + np.swapaxes(half, 1, 2), 0, 2)
-    return result if out is not None else wrap(result)
+    gpu = network.backend(X=X)
+    with here(gpu):
+        x, wrap = network.points(X, "X", gpu=gpu)
+        n = len(x)
+        result = allocate(gpu, out, (n, n, n), network.dtype, [x])
+        layers, last = _layers(network, x)
+        head = network._head.weight**2 * network._head.trained
+        width = max(max(l.W.shape) for l in layers)
+        # z' and x' of every layer, and a few arrays on the way, per gradient
+        size = (2 * len(layers) + 6) * n * width * x.itemsize + 4 * n * n * x.itemsize
+        step = max(1, (_BLOCK if gpu is None else min(_DEVICE_BLOCK, gpu.free_bytes() // 4)) // size)
+        for start in range(0, n, step):
+            part = slice(start, min(start + step, n))
+            half = _block(layers, last, head, part)
+            both: Any = (half + half.swapaxes(1, 2)).transpose(1, 2, 0)
+            result[:, :, part] = both if on_host(both) or index_of(result) is not None else both.get()
+        return wrap(result) if out is None else out

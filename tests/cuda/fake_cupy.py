@@ -104,8 +104,10 @@ class Ndarray(Arithmetic):
 
     def reshape(self, *shape):
         view = self._host.reshape(*shape)
-        assert np.shares_memory(view, self._host) or not view.size, "this reshape is a copy"
-        return self._view(view)
+        if np.shares_memory(view, self._host) or not view.size:
+            return self._view(view)
+        copy = self.copy()  # NumPy's was made before the work that is waiting
+        return copy._view(copy._host.reshape(*shape))
 
     def fill(self, value):
         self[...] = value

@@ -18,6 +18,7 @@ is new is listed first):
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,6 +118,12 @@ def as_cupy(x: Any, name: str) -> tuple[Any, Callable[[Any], Any]]:
     if module is None and hasattr(x, "__array_namespace__"):
         module = x.__array_namespace__()
     return view, getattr(module, "from_dlpack", lambda result: result)
+
+
+def erf(x: Any) -> Any:
+    """The error function of an array on the device."""
+    load_cupy()
+    return importlib.import_module("cupyx.scipy.special").erf(x)
 
 
 def stream_of(x: Any, index: int) -> Any:

@@ -78,6 +78,11 @@ class Backend:
         with self.gpus[0].device, self._stream:
             yield self.gpus[0]
 
+    def synchronize(self) -> None:
+        """Wait for what is queued on the stream of the user's arrays."""
+        with self.here():
+            self._stream.synchronize()
+
     def free_bytes(self) -> int:
         """Of the device that has least."""
         found = []
@@ -85,6 +90,12 @@ class Backend:
             with gpu.device:
                 found.append(gpu.free_bytes())
         return min(found)
+
+    def check_memory(self, needed: int, what: str) -> None:
+        """Raise before allocating what cannot fit on the device."""
+        free = self.free_bytes()
+        if needed > free:
+            raise OutOfMemoryError(f"{what} needs {needed:,} bytes on {self.name}, {free:,} are available")
 
     def view(self, x: Any, name: str) -> tuple[Any, Callable[[Any], Any]]:
         """A CuPy view of a user's array on the device, and the way back (from CuPy or NumPy)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -182,8 +182,8 @@ class Worker(TileWorker):
         """to (+)= products of explicit weight gradients, some parameters at a time."""
         samples, fan_in, fan_out = max(len(x), len(y)), x.inputs.shape[1], x.deltas.shape[1]
         for ins, outs in parameter_slices(samples, fan_in, fan_out, self.work.dtype.itemsize, _GRADIENTS):
-            G = gradients_of(self.gpu, x, ins, outs, buffers[0])
-            H = G if same else gradients_of(self.gpu, y, ins, outs, buffers[1])
+            G = gradients_of(x, ins, outs, buffers[0])
+            H = G if same else gradients_of(y, ins, outs, buffers[1])
             self.gpu.product(G, H, to, accumulate=not first)
             first = False
 
@@ -203,9 +203,10 @@ def multiply_add(gpu: Gpu, suffix: str, to: Any, mirror: Any, upper: bool, first
     )  # fmt: skip
 
 
-def gradients_of(gpu: Gpu, factor: Factor, ins: slice, outs: slice, buffer: Any) -> Any:
+def gradients_of(factor: Factor, ins: slice, outs: slice, buffer: Any) -> Any:
     """Weight gradients of every sample, (n, inputs * outputs), for some inputs and outputs of the layer."""
-    A, D = factor.blocks
+    A, D = (cast(Any, x) for x in factor.blocks)
+    gpu = Gpu(A.device.id)
     shape = len(factor), ins.stop - ins.start, outs.stop - outs.start
     G = buffer[: math.prod(shape)].reshape(*shape)
     for part in cuts(slice(0, shape[0]), _STACK):
@@ -251,7 +252,7 @@ def diagonal_of(gpu: Gpu, factor: Factor) -> Any:
         x = factor.part(rows)
         for ins, outs in parameter_slices(len(x), fan_in, fan_out, dtype.itemsize, _GRADIENTS):
             size = len(x) * (ins.stop - ins.start) * (outs.stop - outs.start)
-            result[rows] += norms(gpu, gradients_of(gpu, x, ins, outs, gpu.empty((size,), dtype)))[0]
+            result[rows] += norms(gpu, gradients_of(x, ins, outs, gpu.empty((size,), dtype)))[0]
     return result
 
 
