@@ -165,7 +165,8 @@ class Kernel:
             if value.size != 1:
                 raise TypeError("You are trying to pass a numpy.ndarray as a kernel parameter: only of size one")
             return value.copy() if value.dtype.fields else value.reshape(())[()]
-        if value is None or isinstance(value, (bool, int, float, np.generic)):
+        assert value is not None, "CuPy hands over a missing argument for None, no null pointer"
+        if isinstance(value, (bool, int, float, np.generic)):
             return value
         raise TypeError(f"Unsupported type {type(value)}")
 

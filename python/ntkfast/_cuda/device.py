@@ -4,16 +4,21 @@ The whole CuPy surface of the package, here and in compiler.py (tests/cuda/fake_
 is new is listed first):
 
     ndarray         shape, dtype, ndim, size, itemsize, nbytes, strides, len(), data.ptr, device.id;
-                    basic slicing (views), reshape of contiguous arrays, astype(dtype), __dlpack__, __dlpack_device__,
+                    basic slicing (views), astype(dtype), __dlpack__, __dlpack_device__,
                     get(stream=None, out=None, blocking=True)
     empty(shape, dtype), asarray(NumPy array) (a copy on the current device), ascontiguousarray(x), from_dlpack(x)
     cuda.Device(k)  context manager, .id; cuda.Device() is the current one
-    cuda.runtime    getDeviceCount(), memGetInfo() -> (free, total)
+    cuda.runtime    getDeviceCount(), memGetInfo() -> (free, total); get_default_memory_pool().free_bytes()
     cuda            get_current_stream(), Stream(non_blocking=True), ExternalStream(ptr): context managers,
-                    synchronize(); alloc_pinned_memory(bytes): has the buffer protocol; get_cublas_handle()
+                    synchronize(), record() -> event, wait_event(event); alloc_pinned_memory(bytes): has the buffer
+                    protocol; get_cublas_handle()
     cuda.cublas     sgemm, dgemm (handle, op_a, op_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc: addresses),
+                    sgemmStridedBatched, dgemmStridedBatched (a distance behind every ld, the number last),
                     getMathMode(handle), setMathMode(handle, mode)
     kernels         compiler.py: kernel(grid, block, args, shared_mem=bytes), args: device arrays and NumPy scalars
+    finite networks arithmetic of arrays and numbers, NumPy's functions on arrays: ufuncs with out=, where, empty_like,
+                    zeros_like, ones_like, full_like (with shape=), broadcast_to, moveaxis; assignment to slices;
+                    all, mean, swapaxes, transpose; reshape (a view, or a copy); cupyx.scipy.special.erf. Never ``@``
 """
 
 from __future__ import annotations

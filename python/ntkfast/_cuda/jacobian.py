@@ -190,7 +190,12 @@ class Worker(TileWorker):
 
 def _matrix(x: Any) -> tuple[Any, np.int64]:
     """Address and row stride as arguments of a kernel."""
-    return (None, np.int64(0)) if x is None else (x, np.int64(row_stride(x)))
+    return _pointer(x), np.int64(0 if x is None else row_stride(x))
+
+
+def _pointer(x: Any) -> Any:
+    """An array as argument of a kernel; None is the null pointer, which CuPy would take for a missing argument."""
+    return np.uint64(0) if x is None else x
 
 
 def multiply_add(gpu: Gpu, suffix: str, to: Any, mirror: Any, upper: bool, first: bool, p: Any, q: Any) -> None:
@@ -282,7 +287,8 @@ def combine(out: Any, u: Any, x: Any, v: Any, y: Any, coef: Any = None, row: Any
     shape = x.shape if x is not None else (*coef.shape, row.shape[1])
     out = gpu.empty(shape, one.dtype) if out is None else out
     number = not hasattr(v, "shape")
-    arrays = [None if a is None else gpu.cupy.ascontiguousarray(a) for a in (u, x, None if number else v, y, coef, row)]
+    terms = (u, x, None if number else v, y, coef, row)
+    arrays = [_pointer(None if a is None else gpu.cupy.ascontiguousarray(a)) for a in terms]
     gpu.launch("jacobian", f"combine_{suffix}", shape[0] * shape[1], layout.THREADS, 0, np.int64(shape[1]),
                np.int64(shape[2]), *arrays[:3], one.dtype.type(v if number else 1), *arrays[3:], out)  # fmt: skip
     return out
