@@ -4,7 +4,7 @@
     cupy.launched, cupy.most_used   (names of kernels, bytes of each device)
 
 It has what ntkfast._cuda uses (the list is in ntkfast/_cuda/device.py) and nothing more, and it is as unkind as CUDA
-may be:
+may be (with a seed, threads of a kernel and the work of several streams run in random orders):
   - work waits in its stream until somebody waits for that stream: results read too early are NaN, buffers used again
     too early hold the wrong numbers (lazy=False is the other extreme: every piece of work is done at once);
   - new memory is NaN (0xff); more of it than the device has is an OutOfMemoryError;
@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import random
 import threading
 import types
 from pathlib import Path
@@ -220,6 +221,7 @@ class FakeCupy(Functions, types.ModuleType):
         self.used, self.most_used = [0] * devices, [0] * devices
         self.math_modes = dict.fromkeys((1000 + k for k in range(devices)), 0)
         self.launched = []
+        self.random, self.interleaving = random.Random(seed) if seed else None, False
         self._local, self.lock = threading.local(), threading.RLock()
         self._null = Stream(self, ptr=0)
         self.cuda = self._make_cuda(devices)
@@ -230,6 +232,19 @@ class FakeCupy(Functions, types.ModuleType):
         if not hasattr(self._local, "streams"):
             self._local.streams, self._local.devices = [self._null], [0]
         return self._local.streams
+
+    def interleave(self, stream):
+        """Streams run side by side: before a piece of work of one, a few of another (with a seed only)."""
+        if self.random is None or self.interleaving:
+            return
+        others = [s for s in self.streams.values() if s is not stream and s.waiting]
+        if others and self.random.random() < 0.5:
+            self.interleaving = True
+            try:
+                other = self.random.choice(others)
+                other.run_until(other.point[1] - other.waiting + min(other.waiting, self.random.randint(1, 3)))
+            finally:
+                self.interleaving = False
 
     @property
     def device(self):

@@ -37,11 +37,17 @@ class Stream:
     def run_until(self, count):
         with self._owner.lock:
             while self._done < count:
+                self._owner.interleave(self)
                 work, after = self._queue.popleft()
                 self._done += 1
                 for stream, point in after:
                     stream.run_until(point)
                 work()
+
+    @property
+    def waiting(self):
+        """Pieces of work that are not done."""
+        return self._given - self._done
 
     def synchronize(self):
         self.run_until(self._given)
