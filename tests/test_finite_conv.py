@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from conftest import assert_close
+from threadpoolctl import threadpool_limits
 
 import ntkfast as nf
 from ntkfast import empirical
@@ -272,6 +273,38 @@ def test_what_is_kept():
     assert kept((8, 8), 256) == (True, False, False)
 
 
+MEMORY = """
+import re, numpy as np, ntkfast as nf
+from pathlib import Path
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
+X = np.random.default_rng(0).standard_normal((80, 32, 32, 3))
+network = nf.init(nf.conv_net(3, readout="gap"), (32, 32, 3), 32, seed=0)
+small = nf.init(network.net, (6, 6, 3), 32, seed=0)
+nf.empirical_ntk(small, X[:, :6, :6])
+before = peak()
+network.outputs(X)
+nf.empirical_ntk(network, X, memory={memory})
+used = peak() - before
+factors = network.jacobian_factors(X)
+print(used, sum(a.nbytes + d.nbytes for a, d in factors), peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory(fresh_python):
+    """What is kept, and 64 MB for one thread; the factors of 1024 positions of all images take ten times as much."""
+    one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    for memory in (10 << 20, 4 << 30):  # in tiles, and everything at once: 12 MB of weight gradients
+        used, factors, measured = map(int, fresh_python(MEMORY.format(memory=memory), **one).split())
+        assert used < min(memory, 80 * 150_000) + 64e6
+        assert factors == 80 * network_bytes()
+        assert measured > 0.9 * factors > 400e6  # the measure works
+
+
+def network_bytes():
+    return nf.init(nf.conv_net(3, readout="gap"), (32, 32, 3), 32, seed=0).bytes_per_sample
+
+
 def test_data_formats_and_kinds_of_images(rng):
     for grid in ((4, 5), (6,)):
         X = rng.integers(-3, 4, (5, *grid, 3))
@@ -344,3 +377,80 @@ def test_bad_input():
         nf.init(nf.resnet(2), 3, 4, seed=0).outputs(np.eye(3), data_format="channels_first")
     with pytest.raises(ValueError, match="not a ConvNetwork"):
         nf.third_order_kernel(nf.init(nf.conv_net(1, "tanh"), (4, 3), 4, seed=0), np.ones((2, 4, 3)))
+
+
+# Infinite width
+
+
+def averages(net, X, width, count, start):
+    """Kernels of many networks, (count, layers, n, n)."""
+    with threadpool_limits(1):  # small products; threads of a busy machine would only wait for each other
+        return np.array([nf.empirical_ntk(nf.init(net, X.shape[1:], width, seed=start + seed), X, per_layer=True)
+                         for seed in range(count)])  # fmt: skip
+
+
+class Limit:
+    """The limit of infinite width from networks of two widths: 2 mean(2 m) - mean(m) has no error of order 1/m."""
+
+    def __init__(self, narrow, wide):
+        self.value = 2 * wide.mean(axis=0) - narrow.mean(axis=0)
+        variances = 4 * wide.var(axis=0, ddof=1) / len(wide) + narrow.var(axis=0, ddof=1) / len(narrow)
+        self.noise = np.sqrt(variances)
+
+    def z(self, wanted):
+        """The largest deviation in units of its standard error."""
+        return float(np.max(np.abs(self.value - wanted) / self.noise))
+
+
+WIDE = {
+    "net": (lambda pooling: nf.conv_net(2, bias_variance=0.2, readout=pooling), (3, 3)),
+    "resnet": (lambda pooling: nf.conv_resnet(3, c_res=2.0, padding="circular", readout=pooling), (6,)),
+    "smooth resnet": (lambda pooling: nf.ConvNetwork(
+        [nf.Dense("gelu"), *[nf.Residual("gelu", scale=1.2, bias_variance=0.2)] * 2], pooling=pooling), (2, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pooling", ["flatten", "gap"])
+@pytest.mark.parametrize("name", WIDE)
+def test_averages_converge_to_the_kernel(name, pooling, monkeypatch):
+    """Total and every layer within 4 standard errors; the same average is 8 and more away from wrong kernels."""
+    make, grid = WIDE[name]
+    net = make(pooling)
+    X = 0.7 * np.random.default_rng(4).standard_normal((3, *grid, 2))
+    X[1] = X[0] + 0.3 * X[1]
+    narrow, wide = averages(net, X, 24, 400, 0), averages(net, X, 48, 400, 10**6)
+    slices, total = Limit(narrow, wide), Limit(narrow.sum(axis=1), wide.sum(axis=1))
+    K = nf.gram(net, X)
+    wanted = convolution.layer_grams(net, X)
+    assert_close(wanted.sum(axis=0), K, K.max(), 1e-12)
+    if pooling == "flatten":
+        assert_close(nf.layer_grams(net, X), wanted, K.max(), 1e-12)
+    assert slices.z(wanted) < 4
+    assert total.z(K) < 4
+    # 1/q forgotten, or put where there is none
+    other = nf.ConvNetwork(net.layers, window=net.window, padding=net.padding, average=not net.average, pooling=pooling)
+    assert total.z(nf.gram(other, X)) > 8
+    # the other readout
+    assert total.z(nf.gram(make("gap" if pooling == "flatten" else "flatten"), X)) > 8
+    if "resnet" in name:  # a branch without its mean
+        layers = convolution.layers
+        monkeypatch.setattr(convolution, "layers", lambda *args: [k._replace(q=0.0) for k in layers(*args)])
+        wrong = convolution.layer_grams(net, X)
+        assert total.z(wrong.sum(axis=0)) > 8
+        assert slices.z(wrong) > 8
+
+
+def test_the_check_against_the_network():
+    X = 0.7 * np.random.default_rng(4).standard_normal((3, 4, 5, 2))
+    for pooling, names in (("flatten", ("1.W", "2.W", "readout")), ("gap", ())):
+        with threadpool_limits(1):
+            check = nf.check_against_network(nf.conv_resnet(2, "erf", readout=pooling), X, [16, 256], seeds=6)
+        assert check.names == names
+        assert check.total.shape == (2, 6)
+        assert check.layers.shape == (2, 6, len(names))
+        assert check.total[1].mean() < 0.5 * check.total[0].mean()
+        assert check.total[1].max() < 0.3
+        assert (check.layers[1].mean(axis=0) < 0.5 * check.layers[0].mean(axis=0)).all()
+        assert len(str(check).splitlines()) == 3
+    with pytest.raises(TypeError, match="ConvNetwork"):
+        nf.check_against_network("conv_net", X, 4)

@@ -129,6 +129,9 @@ def fill_factors(
         factor = next(todo)
         np.multiply(layout.pool(x), head.weight, out=_with_bias(factor.inputs, head.a.size, head.bias))
         factor.deltas[...] = 1
+    lowest = next((k for k, step in enumerate(steps) if step.trained), len(steps))
+    if lowest == len(steps):
+        return
     g = layout.spread((head.weight * unit) * head.a, n)
     for k, (step, slope, outer) in zip(range(len(tape) - 1, -1, -1), reversed(tape), strict=True):
         inner = g
@@ -138,7 +141,7 @@ def fill_factors(
                 outer[...] = inner
             inner = times(inner, step.V)
         np.multiply(slope, inner, out=slope)
-        if k == 0:
+        if k == lowest:
             return
         back = times(slope, step.W)
         if step.weight != 1.0:

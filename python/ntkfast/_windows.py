@@ -1,7 +1,8 @@
 """What the layers of a finite network see as rows: points as they are, images as the windows around their positions.
 
-Both layouts keep samples as rows (n positions, features), features last, and have the same methods. Only slices,
-reshapes and ``out=``: nothing depends on where the arrays live.
+Both layouts keep samples as rows (n positions, features), features last, and have the same methods. Views, slices and
+functions that hand other arrays on to their own library (``__array_function__``): nothing depends on where the arrays
+live.
 """
 
 from __future__ import annotations
@@ -65,14 +66,17 @@ class Points:
         return np.broadcast_to(a, (n, len(a)))
 
 
-def _axis(size: int, offset: int, circular: bool) -> list[tuple[slice, slice]]:
-    """(positions, positions they read) `offset` further along an axis, as slices; what reads outside is left out."""
-    if circular:
-        shift = offset % size
-        pairs = [(slice(0, size - shift), slice(shift, size)), (slice(size - shift, size), slice(0, shift))]
-        return pairs if shift else pairs[:1]
-    first, last = max(0, -offset), min(size, size - offset)
-    return [(slice(first, last), slice(first + offset, last + offset))] if first < last else []
+def _axis(size: int, reach: int, circular: bool) -> list[tuple[slice, slice]]:
+    """(positions of an axis with a margin of `reach` on both sides, positions they repeat), as slices."""
+    if not circular:
+        return [(slice(reach, reach + size), slice(0, size))]
+    pairs, at, end = [], 0, size + 2 * reach
+    while at < end:  # windows may be larger than the image
+        first = (at - reach) % size
+        count = min(size - first, end - at)
+        pairs.append((slice(at, at + count), slice(first, first + count)))
+        at += count
+    return pairs
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,16 @@ class Windows:
         return math.prod(self.sizes)
 
     @cached_property
-    def pieces(self) -> list[list[tuple[Slices, Slices]]]:
-        """For every slot of the window: parts of the grid, and the parts they read through it."""
-        made = []
-        for offset in itertools.product(*(range(-(size // 2), size // 2 + 1) for size in self.sizes)):
-            axes = [_axis(n, d, self.circular) for n, d in zip(self.grid, offset, strict=True)]
-            made.append([(tuple(a for a, _ in part), tuple(b for _, b in part)) for part in itertools.product(*axes)])
-        return made
+    def pieces(self) -> list[tuple[Slices, Slices]]:
+        """Parts of the grid with its margin, and the parts of the grid they repeat; the margin is 0 elsewhere."""
+        axes = [_axis(n, size // 2, self.circular) for n, size in zip(self.grid, self.sizes, strict=True)]
+        every = slice(None)  # samples
+        return [((every, *(a for a, _ in part)), (every, *(b for _, b in part))) for part in itertools.product(*axes)]
+
+    def _wide(self, like: Array, channels: int) -> Array:
+        """Zeros on the grid with its margin."""
+        grid = (n + size - 1 for n, size in zip(self.grid, self.sizes, strict=True))
+        return np.zeros_like(like, shape=(len(like) // self.positions, *grid, channels))
 
     def check(self, x: Array, name: str, data_format: str) -> Array:
         """The samples, channels last; errors say what does not fit."""
@@ -128,25 +135,25 @@ class Windows:
 
     def gather(self, x: Array, amplitude: float, out: Array) -> None:
         """out = amplitude times the window around every position; 0 where it reads outside the image."""
-        channels = x.shape[1]
-        image = x.reshape(-1, *self.grid, channels)
-        slots = out.reshape(-1, *self.grid, self.slots, channels)  # a view: axes are only split
-        for k, pieces in enumerate(self.pieces):
-            slot = slots[..., k, :]
-            if not self.circular:
-                slot[...] = 0
-            for to, source in pieces:
-                np.multiply(image[(slice(None), *source)], amplitude, out=slot[(slice(None), *to)])
+        channels, axes = x.shape[1], tuple(range(1, 1 + len(self.grid)))
+        image, wide = x.reshape(-1, *self.grid, channels), self._wide(x, channels)
+        for to, source in self.pieces:
+            np.multiply(image[source], amplitude, out=wide[to])
+        windows = np.lib.stride_tricks.sliding_window_view(wide, self.sizes, axis=axes)
+        # a view: axes are only split
+        out.reshape(-1, *self.grid, *self.sizes, channels)[...] = np.moveaxis(windows, 1 + len(self.grid), -1)
 
     def scatter(self, g: Array) -> Array:
         """The adjoint of :meth:`gather` with amplitude 1: every position adds up what the windows read from it."""
         channels = g.shape[1] // self.slots
-        slots = g.reshape(-1, *self.grid, self.slots, channels)
-        image = np.zeros_like(g, shape=(len(slots), *self.grid, channels))
-        for k, pieces in enumerate(self.pieces):
-            slot = slots[..., k, :]
-            for to, source in pieces:
-                image[(slice(None), *source)] += slot[(slice(None), *to)]
+        slots, wide = g.reshape(-1, *self.grid, *self.sizes, channels), self._wide(g, channels)
+        every = (slice(None),) * (1 + len(self.grid))
+        for slot in itertools.product(*(range(size) for size in self.sizes)):
+            read = tuple(slice(k, k + n) for k, n in zip(slot, self.grid, strict=True))
+            wide[(slice(None), *read)] += slots[every + slot]
+        image = np.zeros_like(g, shape=(len(wide), *self.grid, channels))
+        for to, source in self.pieces:
+            image[source] += wide[to]
         return image.reshape(-1, channels)
 
     def readout_shape(self, width: int) -> tuple[int, ...]:
