@@ -12,7 +12,9 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 #: functions that CuPy has besides ufuncs
-FUNCTIONS = {"broadcast_to", "empty_like", "full_like", "moveaxis", "ones_like", "where", "zeros_like"}
+FUNCTIONS = {
+    "broadcast_to", "empty_like", "full_like", "moveaxis", "ones_like", "sliding_window_view", "where", "zeros_like",
+}  # fmt: skip
 
 
 def _number(x):
@@ -101,6 +103,9 @@ class Functions:
 
     def broadcast_to(self, x, shape):
         return x._view(np.broadcast_to(x._host, shape))
+
+    def sliding_window_view(self, x, window_shape, axis=None):
+        return x._view(np.lib.stride_tricks.sliding_window_view(x._host, window_shape, axis))
 
     def moveaxis(self, x, source, target):
         return x._view(np.moveaxis(x._host, source, target))
