@@ -24,10 +24,12 @@ BOUND = {np.float64: 1e-13, np.float32: 2e-6}
 SHAPES = [(9, 3, 7), (4, 30, 2), (0, 5, 33), (0, 33, 1)]
 
 
-@pytest.fixture(params=[True, False], ids=["lazy", "at once"])
+@pytest.fixture(params=["lazy", "at once", "shuffled"])
 def gpu(monkeypatch, request):
-    """Two devices; `lazy`: work waits until somebody waits for it."""
-    return fake_cupy.install(monkeypatch, devices=2, lazy=request.param)
+    """Two devices; work is done when somebody waits for it, at once, or earlier than it must be, in random order."""
+    return fake_cupy.install(
+        monkeypatch, devices=2, lazy=request.param != "at once", seed=5 * (request.param == "shuffled")
+    )
 
 
 @pytest.fixture
