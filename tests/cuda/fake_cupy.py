@@ -113,8 +113,9 @@ class Ndarray(Arithmetic):
     def fill(self, value):
         self[...] = value
 
-    def astype(self, dtype, copy=True):
-        return self if not copy and self.dtype == dtype else self._owner.copy_of(self, dtype)
+    def astype(self, dtype, order="K", copy=True):
+        same = self.dtype == dtype and (order == "K" or self.flags.c_contiguous)
+        return self if same and not copy else self._owner.copy_of(self, dtype)
 
     def copy(self):
         return self._owner.copy_of(self)

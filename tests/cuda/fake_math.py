@@ -111,7 +111,11 @@ class Functions:
         return x._view(np.moveaxis(x._host, source, target))
 
     def empty_like(self, x, dtype=None, shape=None):
-        return self.empty(x.shape if shape is None else shape, dtype or x.dtype)
+        """Of order K, as NumPy's and CuPy's: Fortran's for x in Fortran's order."""
+        shape = x.shape if shape is None else shape
+        if x.flags.f_contiguous and not x.flags.c_contiguous and x.ndim == len(shape):
+            return self.empty(shape[::-1], dtype or x.dtype).T
+        return self.empty(shape, dtype or x.dtype)
 
     def full_like(self, x, value, dtype=None, shape=None):
         out = self.empty_like(x, dtype, shape)

@@ -254,6 +254,22 @@ def test_third_order(gpu, monkeypatch, net, dtype, n):
     check(out, wanted)
 
 
+@pytest.mark.parametrize("name", ["bottleneck", "conv"])
+def test_points_in_any_order(gpu, name):
+    host, gone, x, _ = pair(name, np.float64)
+    wanted = nf.empirical_ntk(host, x)
+    axes = tuple(range(x.ndim))[::-1]
+    for X in (gpu.array(np.ascontiguousarray(x.transpose(axes))).transpose(*axes), gpu.array(np.repeat(x, 2, 0))[::2]):
+        check(nf.empirical_ntk(gone, X).get(), wanted)
+        check(gone.outputs(X).get(), host.outputs(x))
+        assert all(f.inputs.flags.c_contiguous for f in gone.jacobian_factors(X))
+    if name == "conv":
+        first = np.ascontiguousarray(np.moveaxis(x, -1, 1))
+        found = nf.empirical_ntk(gone, gpu.array(first), data_format="channels_first")
+        check(found.get(), wanted)
+    assert all(f.inputs.flags.c_contiguous for f in host.jacobian_factors(np.asfortranarray(x)))
+
+
 def test_where_things_are(gpu):
     host, gone, x, y = pair("erf", np.float64)
     X = gpu.array(x)
