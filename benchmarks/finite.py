@@ -1,11 +1,12 @@
 """Tangent kernels of a finite ReLU network, width 1024, depth 5, by other means, each as a skilled user would run it.
 
 products           NumPy's A @ A.T and D @ D.T of all layers, whole matrices with out=; no forward or backward pass
-explicit Jacobian  weight gradients of every sample from the same factors, then one product (n <= 128: memory)
-torch.func         the "Jacobian contraction" of PyTorch's tutorial: vmap(jacrev), then one product per layer (n <= 128)
+explicit Jacobian  weight gradients of every sample from the same factors, then one product per layer
+torch.func         the "Jacobian contraction" of PyTorch's tutorial: vmap(jacrev), then one product per layer
 neural-tangents    empirical_ntk_fn with structured derivatives, its fastest mode; jitted, x2=None, vmap_axes=0
 
-All have the same weights, and give the whole symmetric matrix.
+All have the same weights, and give the whole symmetric matrix. Explicit Jacobians (torch.func's too) are made where
+they fit, for n <= 128, and timed by the wall clock only: they take seconds.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ import ntkfast as nf
 from ntkfast import _bench
 
 WIDTH, DEPTH, FEATURES = 1024, 5, 784
-#: Beyond it the explicit Jacobians (27 MB a sample) do not fit in ordinary memory.
-EXPLICIT = 128
+SIZES = (128, 512, 2048)
+#: Samples beyond which nobody makes explicit Jacobians (40 MB a sample in float64); rows of K that are checked.
+EXPLICIT, SAMPLE = 128, 12
+SLOW = ("explicit Jacobian", "torch.func")
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6}
 
 
@@ -45,15 +48,29 @@ class Problem:
         return cls(network, x, np.empty((n, n), dtype=dtype))
 
 
-def definition(problem: Problem) -> np.ndarray:
-    """The kernel in float64 from float64 factors of the same weights."""
-    double = nf.init(problem.network.net, FEATURES, problem.network.width, seed=0)
-    total = np.zeros((len(problem.x), len(problem.x)))
-    for weights, same in zip(double.weights, problem.network.weights, strict=True):
-        weights[...] = same
-    for a, d in double.jacobian_factors(problem.x.astype(np.float64)):
-        total += (a @ a.T) * (d @ d.T)
+def definition(problem: Problem, some: np.ndarray) -> np.ndarray:
+    """The kernel between a few rows in long double, by passes of its own: sum of (A A^T) * (D D^T)."""
+    *hidden, last = (np.asarray(w, dtype=np.longdouble) for w in problem.network.weights)
+    gain = np.sqrt(np.longdouble(2) / problem.network.width)
+    inputs, active = [problem.x[some].astype(np.longdouble)], []
+    for w in hidden:
+        z = inputs[-1] @ w.T
+        active.append(z > 0)
+        inputs.append(gain * np.where(active[-1], z, 0))
+    total, delta = inputs[-1] @ inputs[-1].T, last[None]
+    for k in reversed(range(len(hidden))):
+        delta = gain * np.where(active[k], delta, 0)
+        total += (inputs[k] @ inputs[k].T) * (delta @ delta.T)
+        delta = delta @ hidden[k]
     return total
+
+
+def largest_error(problem: Problem, found: np.ndarray) -> float:
+    """Largest |K - L| / max |L| over the pairs of a few rows, L in long double; NaN if any entry of K is."""
+    some = np.unique(np.linspace(0, len(problem.x) - 1, SAMPLE).astype(int))
+    wanted = definition(problem, some)
+    error = np.max(np.abs(np.asarray(found)[np.ix_(some, some)] - wanted)) / np.max(np.abs(wanted))
+    return float(error) if np.isfinite(found).all() else math.nan
 
 
 def numpy_calls(problem: Problem) -> dict[str, Callable[[], Any]]:
@@ -68,18 +85,14 @@ def numpy_calls(problem: Problem) -> dict[str, Callable[[], Any]]:
     def gram() -> np.ndarray:
         return nf.jacobian_gram(factors, out=problem.out)
 
-    calls: dict[str, Callable[[], Any]] = {"jacobian_gram": gram, "products": products}
-    if len(problem.x) <= EXPLICIT:
+    def explicit() -> np.ndarray:
+        total = np.zeros_like(out)
+        for a, d in problem.network.jacobian_factors(problem.x):
+            gradients = (d[:, :, None] * a[:, None, :]).reshape(len(a), -1)
+            total += gradients @ gradients.T
+        return total
 
-        def explicit() -> np.ndarray:
-            total = np.zeros_like(out)
-            for a, d in problem.network.jacobian_factors(problem.x):
-                gradients = (d[:, :, None] * a[:, None, :]).reshape(len(a), -1)
-                total += gradients @ gradients.T
-            return total
-
-        calls["explicit Jacobian"] = explicit
-    return calls
+    return {"jacobian_gram": gram, "products": products, "explicit Jacobian": explicit}
 
 
 def torch_call(problem: Problem) -> Callable[[], Any]:
@@ -134,9 +147,7 @@ def neural_tangents_call(problem: Problem) -> Callable[[], Any]:
 
 
 #: One thread for everybody, whose CPU time other work on the machine does not touch.
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1") | {
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-}
+ONE_THREAD = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"}
 
 
 def contest(
@@ -144,45 +155,70 @@ def contest(
 ) -> list[dict[str, Any]]:
     """Rows of one size: every contender checked against the definition, then timed in turns."""
     problem = Problem.make(n, dtype, 256 if quick else WIDTH)
+    wall = clock is time.perf_counter
     calls: dict[str, Callable[[], Any]] = {
         "empirical_ntk": lambda: nf.empirical_ntk(problem.network, problem.x, out=problem.out),
         **numpy_calls(problem),
     }
-    for name, add in (("torch.func", _add_torch), ("neural-tangents", _add_neural_tangents)):
+    for name, make in (("torch.func", torch_call), ("neural-tangents", neural_tangents_call)):
         try:
-            add(calls, problem)
+            calls[name] = make(problem)
         except ImportError as error:
             note(f"{name}: {error}")
-    wanted, errors = definition(problem), {}
-    for name, call in calls.items():
+    slow = {name: calls.pop(name) for name in SLOW if name in calls}
+    skipped = list(slow) if wall and n > EXPLICIT else []
+    slow = slow if wall and n <= EXPLICIT else {}
+    errors = {}
+    for name, call in (calls | slow).items():
         if name == "products":
             continue
-        found = np.asarray(call(), dtype=np.float64)
-        errors[name] = float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)))
+        errors[name] = largest_error(problem, call())
         limit = TOLERANCE[dtype] if name in ("empirical_ntk", "jacobian_gram") else 1e-4
         if not errors[name] <= limit:
             raise ArithmeticError(f"{name}, n = {n}, {dtype}: error {errors[name]:.1e}")
-    # Gigabytes that come and go, and PyTorch's threads, would disturb the others.
-    slow = {name: calls.pop(name) for name in ("explicit Jacobian", "torch.func") if name in calls}
-    times = _bench.interleave(calls, 3 if quick else 9, clock=clock)
-    if slow:
-        times |= _bench.interleave(slow, 1 if quick else 3, clock=clock)
-    kind = "wall" if clock is time.perf_counter else "CPU, one thread"
-    return [_row(name, n, dtype, times, errors) | {"clock": kind} for name in times]
+    times = _bench.interleave(calls, 3 if quick else (9 if n <= 512 else 4 if wall else 3), clock=clock)
+    if slow:  # gigabytes that come and go, and PyTorch's threads, would disturb the others
+        times |= _bench.interleave(slow, 1 if quick else 2)
+    about = {"n": n, "dtype": dtype, "clock": "wall" if wall else "CPU, one thread"}
+    gigabytes = 1e-9 * n * problem.x.itemsize * sum(w.size for w in problem.network.weights)
+    none = {"seconds": None, "rounds": 0, "over_ntkfast": None, "error": None,
+            "skipped": f"not run: its Jacobian takes {gigabytes:.0f} GB"}  # fmt: skip
+    return [_row(name, times, errors) | about for name in times] + [{"name": name} | none | about for name in skipped]
 
 
-def _add_torch(calls: dict[str, Callable[[], Any]], problem: Problem) -> None:
-    if len(problem.x) <= EXPLICIT:
-        calls["torch.func"] = torch_call(problem)
-
-
-def _add_neural_tangents(calls: dict[str, Callable[[], Any]], problem: Problem) -> None:
-    calls["neural-tangents"] = neural_tangents_call(problem)
-
-
-def _row(name: str, n: int, dtype: str, times: dict[str, Any], errors: dict[str, float]) -> dict[str, Any]:
+def _row(name: str, times: dict[str, Any], errors: dict[str, float]) -> dict[str, Any]:
     """Times of one contender, and over ntkfast's (the Gram alone for `products`); turn by turn if they took turns."""
     own, ours = times[name], times["jacobian_gram" if name == "products" else "empirical_ntk"]
-    ratio = own / (ours if len(own) == len(ours) else np.median(ours))
-    return {"name": name, "n": n, "dtype": dtype, "seconds": _bench.quartiles(own), "rounds": len(own),
+    ratio = own / (ours if len(own) == len(ours) and name not in SLOW else np.median(ours))
+    return {"name": name, "seconds": _bench.quartiles(own), "rounds": len(own),
             "over_ntkfast": _bench.quartiles(ratio), "error": errors.get(name)}  # fmt: skip
+
+
+def measure(quick: bool, note: Callable[[str], None], on_one_thread: Callable[[str], Any]) -> list[dict[str, Any]]:
+    """All rows."""
+    rows = []
+    for n in (32,) if quick else SIZES:
+        for dtype in ("float64", "float32"):
+            note(f"finite network, n={n}, {dtype}")
+            rows += contest(n, dtype, quick, note)
+            rows += on_one_thread(f"finite.contest({n}, {dtype!r}, {quick}, lambda text: None, time.process_time)")
+    return rows
+
+
+def targets(rows: list[dict[str, Any]]) -> list[tuple[str, float | None, float, str, bool]]:
+    """(name, measured, limit, unit, limit is a lower bound)"""
+    found: list[tuple[str, float | None, float, str, bool]] = []
+    for n, dtype, clock in dict.fromkeys((row["n"], row["dtype"], row["clock"]) for row in rows):
+        own = [row for row in rows if (row["n"], row["dtype"], row["clock"]) == (n, dtype, clock)]
+        over = {row["name"]: row["over_ntkfast"][1] for row in own if row["over_ntkfast"]}
+        name = f"finite network, n = {n}, {dtype}, {clock}"
+        worst = max(row["error"] for row in own if row["name"] in ("empirical_ntk", "jacobian_gram"))
+        found.append((f"{name}: error", worst, TOLERANCE[dtype], "", False))
+        if n == SIZES[-1]:
+            found.append((f"{name}: jacobian_gram over NumPy's products", 1 / over["products"], 1.15, "", False))
+        if n > EXPLICIT:
+            theirs = over.get("neural-tangents")
+            found.append((f"{name}: neural-tangents over empirical_ntk", theirs, 1.0, "", True))
+        elif clock == "wall":
+            found.append((f"{name}: torch.func over empirical_ntk", over.get("torch.func"), 50.0, "", True))
+    return found

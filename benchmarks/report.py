@@ -27,7 +27,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def duration(seconds: float) -> str:
     """Three digits."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= s), ("µs", 1e-6))
+    return f"{seconds / size:.3g} {unit}"
 
 
 def spread(quartiles: list[float]) -> str:
@@ -158,7 +159,7 @@ def close(rows: list[Row]) -> str:
 
 def footer(report: Row) -> str:
     """Machine, versions, load."""
-    others = ", ".join(f"{name} {report['machine'][name]}" for name in ("numba", "neural-tangents", "jax")
+    others = ", ".join(f"{name} {report['machine'][name]}" for name in ("numba", "neural-tangents", "jax", "torch")
                        if name in report["machine"])  # fmt: skip
     loads = [load for pair in report["load"].values() for load in pair]
     return (f"{machine_line(report['machine'])}; {others or 'no rivals installed'}. Load average during the run: "
@@ -169,6 +170,7 @@ def readme(report: Row) -> list[str]:
     """The tables of the README, of the sections that were measured."""
     parts = [f(report[key]) for f, key in ((by_depth, "depth"), (by_recursion, "gram")) if report[key]]
     parts += [cores(report)] if report["kernels"] else []
+    parts += [f(report[key]) for f, key in ((conv, "conv"), (finite, "finite")) if report.get(key)]
     return [*parts, footer(report)]
 
 
@@ -182,17 +184,33 @@ def everything(report: Row, every_size: bool) -> list[str]:
         parts.append(grams(rows))
     if every_size:
         sections = ((by_depth, "depth"), (by_recursion, "gram"), (kernels, "kernels"), (close, "close"),
-                    (finite, "finite"), (targets, "targets"))  # fmt: skip
+                    (conv, "conv"), (finite, "finite"), (targets, "targets"))  # fmt: skip
         parts += [f(report[key]) for f, key in sections if report.get(key)]
         parts += [tables(report)] if report["tables"] else []
     return [*parts, footer(report)]
 
 
+def conv(rows: list[Row]) -> str:
+    """Convolutional networks, a line for each network and dtype, rivals beside them."""
+    body = []
+    for row in rows:
+        name = f"conv_net({row['depth']}), {row['readout']}, n = {row['n']}, {row['dtype']}"
+        over = f"{row['over_ntkfast'][1]:.0f}" if row["over_ntkfast"] else ""
+        body.append([name, row["name"], row["clock"], spread(row["seconds"]), over, f"{row['error']:.0e}"])
+    side = rows[0]["side"]
+    head = [f"images {side}x{side}x3, whole symmetric matrix", "by", "clock", "time per pair (quartiles)", "/ ntkfast",
+            "max error"]  # fmt: skip
+    return table(head, body)
+
+
 def finite(rows: list[Row]) -> str:
     """Tangent kernels of a finite network."""
-    body = [[row["name"], str(row["n"]), row["dtype"], row["clock"], spread(row["seconds"]),
-             f"{row['over_ntkfast'][1]:.2f}", "" if row["error"] is None else f"{row['error']:.0e}"]
-            for row in rows]  # fmt: skip
+    body = []
+    for row in rows:
+        time = spread(row["seconds"]) if row["seconds"] else row["skipped"]
+        body.append([row["name"], str(row["n"]), row["dtype"], row["clock"], time,
+                     f"{row['over_ntkfast'][1]:.2f}" if row["over_ntkfast"] else "",
+                     "" if row["error"] is None else f"{row['error']:.0e}"])  # fmt: skip
     return table(["finite network", "n", "dtype", "clock", "time (quartiles)", "/ ntkfast", "max error"], body)
 
 

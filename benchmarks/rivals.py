@@ -166,7 +166,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("numba", "neural-tangents", "jax", "jaxlib"):
+    for name in ("numba", "neural-tangents", "jax", "jaxlib", "torch"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

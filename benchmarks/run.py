@@ -9,6 +9,7 @@ tables    compiled tables alone, and making them, one core
 rivals    the same kernel by NumPy, numba and neural-tangents, as far as they are installed
 products  gram in one pass, by the BLAS, and NumPy's products, shape by shape: what ntkfast._gemm decides by
 close     what close pairs cost
+conv      convolutional networks: time per pair of images, one thread and all; neural-tangents
 finite    tangent kernels of a finite network by NumPy, torch.func and neural-tangents
 process   import time, size of the wheel, memory beyond inputs and result
 table     sizes, depths, dtypes, families
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import conv
 import finite
 import numpy as np
 import products
@@ -39,7 +41,7 @@ import rivals
 from ntkfast import _bench, _bench_kernels, _bench_text
 
 HERE = Path(__file__).resolve().parent
-SECTIONS = ("gram", "depth", "kernels", "tables", "rivals", "products", "close", "process", "table", "finite")
+SECTIONS = ("gram", "depth", "kernels", "tables", "rivals", "products", "close", "process", "table", "conv", "finite")
 Report = dict[str, Any]
 #: Rivals are judged by their own accuracy; this only makes sure that they compute the same kernel.
 RIVAL_TOLERANCE = {"float64": 1e-6, "float32": 1e-2}
@@ -65,17 +67,17 @@ def add_target(
 _ONE_THREAD = """
 import json, sys, time
 sys.path.insert(0, {here!r})
-import cases
+import cases, conv, finite
 from ntkfast import _bench
 print(json.dumps({expression}))
 """
 
 
 def on_one_thread(expression: str) -> Any:
-    """The value of an expression over cases, _bench and time, in a process with one thread of every kind."""
+    """The value of an expression over the modules here, _bench and time, in a process with one thread of every kind."""
     code = _ONE_THREAD.format(here=str(HERE), expression=expression)
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | _bench_kernels.ONE_THREAD,
-                          check=True, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, stdout=subprocess.PIPE, text=True,
+                          env=os.environ | _bench_kernels.ONE_THREAD | finite.ONE_THREAD)  # fmt: skip
     return json.loads(done.stdout)
 
 
@@ -292,36 +294,15 @@ def measure_table(report: Report, quick: bool) -> None:
         report["table"].append(_bench.measure(case, 3 if quick else (5 if case.n > 4096 else 9)))
 
 
-def measure_finite(report: Report, quick: bool) -> None:
-    """Finite networks: against the products alone, explicit Jacobians, and the structured derivatives of others."""
-    for n in (128,) if quick else (128, 512, 2048):
-        for dtype in ("float64", "float32"):
-            note(f"finite network, n={n}, {dtype}")
-            one = _ONE_THREAD_FINITE.format(here=str(HERE), n=n, dtype=dtype, quick=quick)
-            done = subprocess.run([sys.executable, "-W", "ignore", "-c", one], env=os.environ | finite.ONE_THREAD,
-                                  check=True, stdout=subprocess.PIPE, text=True)  # fmt: skip
-            for rows in (finite.contest(n, dtype, quick, note), json.loads(done.stdout)):
-                report["finite"] += rows
-                _finite_targets(report, n, f"finite network, n = {n}, {dtype}, {rows[0]['clock']}",
-                                {row["name"]: row["over_ntkfast"][1] for row in rows})  # fmt: skip
+def _by_module(key: str, module: Any) -> Callable[[Report, bool], None]:
+    """The section of a module with measure and targets."""
 
+    def measure(report: Report, quick: bool) -> None:
+        report[key] = module.measure(quick, note, on_one_thread)
+        for name, measured, limit, unit, least in module.targets(report[key]):
+            add_target(report, name, measured, limit, unit, least=least)
 
-_ONE_THREAD_FINITE = """
-import json, sys, time
-sys.path.insert(0, {here!r})
-import finite
-print(json.dumps(finite.contest({n}, {dtype!r}, {quick}, lambda text: None, time.process_time)))
-"""
-
-
-def _finite_targets(report: Report, n: int, name: str, over: dict[str, float]) -> None:
-    if n == 2048:
-        add_target(report, f"{name}: NumPy's products over jacobian_gram", over["products"], 1 / 1.15, "", least=True)
-    if n == 128:
-        add_target(report, f"{name}: torch.func over empirical_ntk", over.get("torch.func"), 50.0, "", least=True)
-    else:
-        found = over.get("neural-tangents")
-        add_target(report, f"{name}: neural-tangents over empirical_ntk", found, 1.0, "", least=True)
+    return measure
 
 
 def slug(cpu: str) -> str:
@@ -350,15 +331,16 @@ def main(argv: list[str]) -> int:
     begin = time.perf_counter()
     report: Report = {"machine": _bench.machine() | rivals.versions(), "targets": [], "gram": [], "depth": [],
                       "kernels": [], "tables": [], "builds": [], "rivals": [], "products": [], "close": [],
-                      "process": {}, "table": [], "finite": []}  # fmt: skip
+                      "process": {}, "table": [], "conv": [], "finite": []}  # fmt: skip
     report["one_thread"] = options.one_thread
     measures = {"gram": measure_gram, "depth": measure_depth, "kernels": measure_kernels, "tables": measure_tables,
                 "rivals": measure_rivals, "products": measure_products, "close": measure_close,
-                "process": measure_process, "table": measure_table, "finite": measure_finite}  # fmt: skip
+                "process": measure_process, "table": measure_table, "conv": _by_module("conv", conv),
+                "finite": _by_module("finite", finite)}  # fmt: skip
     # The rivals come last: JAX and TensorFlow bring threads of their own.
     default = None if options.only or options.quick else HERE / "results" / f"{slug(report['machine']['cpu'])}.json"
     path = options.out or default
-    for section in sorted(options.only or SECTIONS, key=lambda name: name in ("rivals", "finite")):
+    for section in sorted(options.only or SECTIONS, key=lambda name: name in ("rivals", "conv", "finite")):
         before = os.getloadavg()[0]
         measures[section](report, options.quick)
         report.setdefault("load", {})[section] = [round(before, 2), round(os.getloadavg()[0], 2)]

@@ -59,9 +59,25 @@ def assert_refused(status, capsys, *words):
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_gram_writes_the_matrix_of_each_network(folder, name):
+    if name.startswith("conv"):
+        np.save("points.npy", np.random.default_rng(0).standard_normal((5, 3, 4, 2)))
     assert gram("--network", name, "--depth", "5", "--quiet") == 0
     np.testing.assert_array_equal(np.load("K.npy"), ntkfast.gram(BUILDERS[name](5), np.load("points.npy")))
     assert names(folder) == {"K.npy"}
+
+
+def test_gram_of_images_in_two_files(folder, capsys):
+    x = np.random.default_rng(0).standard_normal((5, 2, 3, 4)).astype(np.float32)
+    np.save("points.npy", x)
+    np.save("other.npy", x[:3] + 1)
+    options = ("--network", "conv_resnet", "--depth", "3", "--window", "5", "--readout", "gap", "--c-res", "0.5",
+               "--padding", "circular", "--no-readout-trained", "--data-format", "channels_first")  # fmt: skip
+    assert gram(*options, "--other", "other.npy", "--get", "ntk,nngp", "--quiet") == 0
+    net = ntkfast.conv_resnet(3, window=5, readout="gap", c_res=0.5, padding="circular", readout_trained=False)
+    ntk, nngp = ntkfast.gram(net, x, x[:3] + 1, get=("ntk", "nngp"), data_format="channels_first")
+    np.testing.assert_array_equal(np.load("K_ntk.npy"), ntk)
+    np.testing.assert_array_equal(np.load("K_nngp.npy"), nngp)
+    assert "ConvNetwork" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -182,6 +198,10 @@ def test_gram_refuses_archives_and_directories(folder, capsys):
         (("--network", "resnet", "--depth", "3", "--activation", "swish"), ("unknown activation", "relu")),
         (("--network", "resnet", "--depth", "0"), ("depth must be at least 1",)),
         (("--network", "fully_connected", "--depth", "3", "--bias-variance", "-1"), ("bias_variance",)),
+        ((*RESNET, "--window", "3"), ("resnet has no option --window",)),
+        ((*RESNET, "--data-format", "channels_first"), ("is for images",)),
+        (("--network", "conv_net", "--depth", "3"), ("points.npy must have shape (n, *grid, channels)",)),
+        (("--network", "conv_net", "--depth", "3", "--window", "4"), ("window must be odd",)),
         ((*RESNET, "--get", "ntk,kernel"), ("'kernel' is unknown", "last_hidden")),
         ((*RESNET, "--get", "ntk,ntk"), ("different",)),
         (("--network", "fully_connected", "--depth", "99", "--gain", "1e9"), ("does not fit", "normalize=True")),
@@ -201,6 +221,8 @@ def test_gram_refuses_bad_options_in_one_line(folder, capsys, options, words):
         ("gram", "points.npy", "--out", "K.npy", "--network", "transformer", "--depth", "3"),
         ("gram", "points.npy", "--out", "K.npy", "--network", "resnet", "--depth", "three"),
         ("gram", "points.npy", "--out", "K.npy", "--network", "resnet", "--depth", "3", "--dtype", "float16"),
+        ("gram", "points.npy", "--out", "K.npy", "--network", "conv_net", "--depth", "3", "--padding", "same"),
+        ("gram", "points.npy", "--out", "K.npy", "--network", "conv_net", "--depth", "3", "--window", "three"),
         ("info", "--verbose"),
     ],
 )
@@ -349,13 +371,16 @@ def test_importing_the_command_line_imports_no_optional_package():
 def test_demo_prints_a_table_and_draws_a_picture(folder, capsys):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
+    from ntkfast import _demo
+
     (folder / "picture.png").write_text("old")
     assert main(["demo", "--quick", "--out", "picture.png"]) == 0
     output = capsys.readouterr().out
     lines = output.splitlines()
     heads = [k for k, text in enumerate(lines) if text.startswith("network")]
-    rows, deep = ([text.split() for text in lines[head + 1 : lines.index("", head)]] for head in heads)
-    assert [(row[0], row[1]) for row in rows] == [(name, depth) for name in BUILDERS for depth in ("3", "10")]
+    rows, images, deep = ([text.split() for text in lines[head + 1 : lines.index("", head)]] for head in heads)
+    families = [build.__name__ for build in _demo.FAMILIES]
+    assert [(row[0], row[1]) for row in rows] == [(name, depth) for name in families for depth in ("3", "10")]
     for _, _, gram_ms, numpy_ms, ratio, error, least, accuracy, *_ in rows:
         assert float(gram_ms) > 0
         assert float(numpy_ms) > 0
@@ -363,11 +388,24 @@ def test_demo_prints_a_table_and_draws_a_picture(folder, capsys):
         assert float(error) < 1e-13
         assert 0 < float(least) < 1
         assert 80 < float(accuracy) <= 100
+    check_images(images)
     check_depths(deep)
     assert "max|R|" in output
     assert np.__version__ in output
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert names(folder) == {"picture.png"}
+
+
+def check_images(rows):
+    conv = [["conv_net", "flatten", "300", "150"], ["conv_net", "flatten", "60", "30"], ["conv_net", "gap", "60", "30"]]
+    assert [row[:4] for row in rows] == [conv[0], ["fully_connected", "-", "60", "30"], *conv[1:]]
+    for _, _, n, _, gram_ms, each, error, least, accuracy, *_ in rows:
+        assert float(gram_ms) > 0
+        pairs = int(n) * (int(n) + 1) / 2
+        assert float(each) == pytest.approx(1e3 * float(gram_ms) / pairs, rel=0.06, abs=60 / pairs)  # both rounded
+        assert float(error) < 1e-11  # the reference loses digits where images agree
+        assert 0 < float(least) < 1
+        assert 60 < float(accuracy) <= 100
 
 
 def check_depths(rows):
@@ -402,6 +440,19 @@ def test_the_limits_of_the_demo_are_those_of_great_depth():
     for curve, bound in zip(CURVES, (3e-3, 3e-5), strict=True):
         K = ntkfast.gram(curve.build(10_000), x, normalize=True)
         np.testing.assert_allclose(K[off], curve.limit(x)[off], rtol=0, atol=bound)
+
+
+def test_the_errors_of_images_in_the_demo_are_seen():
+    from ntkfast import _demo
+
+    x, net = np.random.default_rng(0).standard_normal((6, 3, 4, 1)), ntkfast.conv_net(2, readout="gap")
+    K = ntkfast.gram(net, x)
+    assert _demo.image_error(net, x, K, 4) < 1e-13
+    some = np.random.default_rng(0).permutation(6)[:4]
+    for spoil in (1e-9 * K.max(), np.nan):
+        wrong = K.copy()
+        wrong[some[2], some[1]] += spoil
+        assert not _demo.image_error(net, x, wrong, 4) < 1e-11
 
 
 @pytest.mark.parametrize("missing", ["sklearn", "matplotlib"])

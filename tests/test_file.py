@@ -17,13 +17,14 @@ import pytest
 from conftest import assert_close
 
 import ntkfast as nf
-from ntkfast import _done, _file, _tiles, reference
+from ntkfast import _conv, _done, _file, _tiles, reference
 from ntkfast.__main__ import main
 
 NET = nf.resnet(3)
 BIASED = nf.fully_connected(2, "erf", bias_variance=0.2)
 X = np.random.default_rng(1).standard_normal((150, 5))
 Y = np.random.default_rng(2).standard_normal((101, 5))
+IMAGES = np.random.default_rng(3).standard_normal((23, 5, 4, 2))
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +46,14 @@ def complete(path):
     return json.loads((path.with_name("K.npy.done") / "about.json").read_text())["complete"]
 
 
-def computed(monkeypatch):
+#: What is called once for every tile, with the tile as second argument.
+DENSE, CONVOLUTIONAL = (_tiles, "_prepare"), (_conv, "parts")
+
+
+def computed(monkeypatch, kind=DENSE):
     """A list that grows by every tile that is computed."""
-    found, real = [], _tiles._prepare
-    monkeypatch.setattr(_tiles, "_prepare", lambda job, tile: (found.append(tile), real(job, tile))[1])
+    found, real = [], getattr(*kind)
+    monkeypatch.setattr(*kind, lambda job, tile, **rest: (found.append(tile), real(job, tile, **rest))[1])
     return found
 
 
@@ -56,17 +61,17 @@ class StopHereError(Exception):
     pass
 
 
-def stop_after(monkeypatch, count, error=StopHereError):
+def stop_after(monkeypatch, count, error=StopHereError, kind=DENSE):
     """Raise when `count` tiles are done."""
-    real, left = _tiles._prepare, [count]
+    real, left = getattr(*kind), [count]
 
-    def prepare(job, tile):
+    def prepare(job, tile, **rest):
         if not left[0]:
             raise error
         left[0] -= 1
-        return real(job, tile)
+        return real(job, tile, **rest)
 
-    monkeypatch.setattr(_tiles, "_prepare", prepare)
+    monkeypatch.setattr(*kind, prepare)
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -99,6 +104,35 @@ def test_the_file_holds_gram(path, monkeypatch, net, route, dtype):
         assert complete(path)
         path.unlink()
         shutil.rmtree(path.with_name("K.npy.done"))
+
+
+@pytest.mark.parametrize("readout", ["flatten", "gap"])
+@pytest.mark.parametrize("build", [nf.conv_net, nf.conv_resnet])
+def test_the_file_holds_gram_of_images(path, monkeypatch, build, readout):
+    monkeypatch.setattr(_file, "_SIDE", 6)
+    for dtype, y, get, axes in (("f8", None, "ntk", 2), ("f4", IMAGES[:13] + 0.1, "nngp", 2), ("f4", None, "ntk", 1)):
+        net, x = build(2, window=(3,) * axes, readout=readout), IMAGES.astype(dtype)
+        y = None if y is None else y.astype(dtype)
+        if axes == 1:
+            x = x[:, 2]
+        tiles = computed(monkeypatch, CONVOLUTIONAL)
+        K = fill(path, net, x, y, get=get)
+        assert len(tiles) == (10 if y is None else 12)
+        assert K.dtype == dtype
+        np.testing.assert_array_equal(K, nf.gram(net, x, y, get=get))
+        assert complete(path)
+        path.unlink()
+        shutil.rmtree(path.with_name("K.npy.done"))
+
+
+@pytest.mark.parametrize(("nanoseconds", "n", "parts", "side"), [
+    (4e6, 20_000, 1, 64), (4e6, 200, 8, 16), (4e6, 30, 100, 8), (4e3, 20_000, 1, 2048), (4e3, 500, 100, 128),
+])  # fmt: skip
+def test_slow_kernels_have_small_tiles(monkeypatch, nanoseconds, n, parts, side):
+    monkeypatch.undo()
+    problem = _conv.Problem(nf.conv_net(1), np.ones((n, 1, 1)), None, None, None, "channels_last")
+    monkeypatch.setattr(problem, "nanoseconds", lambda: nanoseconds)
+    assert _file._new_tiling(problem, "ntk", parts) == {"side": side, "unit": 1}
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 200), (200, 1), (97, 48)])
@@ -157,16 +191,41 @@ def test_an_interrupted_run_resumes(path, monkeypatch, error, route):
     assert len(set(starts)) == len(starts) == 10
 
 
+def test_images_resume_in_either_format(path, monkeypatch):
+    monkeypatch.setattr(_file, "_SIDE", 6)
+    net, first = nf.conv_net(2, readout="gap"), np.ascontiguousarray(np.moveaxis(IMAGES, -1, 1))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, KeyboardInterrupt, CONVOLUTIONAL)
+        with pytest.raises(KeyboardInterrupt):
+            fill(path, net, IMAGES)
+    assert not complete(path)
+    fill(path, net, IMAGES, part=(1, 3))
+    wanted, tiles = nf.gram(net, IMAGES), computed(monkeypatch, CONVOLUTIONAL)
+    np.testing.assert_array_equal(fill(path, net, first, data_format="channels_first"), wanted)
+    assert len(tiles) == 4
+    assert complete(path)
+    for other, words in ((nf.conv_net(2), "net was"), (nf.conv_net(2, window=5, readout="gap"), "net was")):
+        with pytest.raises(ValueError, match=words):
+            fill(path, other, IMAGES)
+    with pytest.raises(ValueError, match=r"X was \[23, 5, 4, 2\], now it is \[23, 4, 5, 2\]"):
+        fill(path, net, IMAGES.swapaxes(1, 2))
+    with pytest.raises(ValueError, match="the values of X were others"):
+        fill(path, net, -IMAGES)
+
+
 # What a process does that is killed at its k-th step, and what one does that is killed at any moment.
 KILLED = """
 import itertools, json, os, random, shutil, signal, sys, time
 import numpy as np, ntkfast as nf
-from ntkfast import _done, _file, _tiles
+from ntkfast import _conv, _done, _file, _tiles
 
-_file._SIDE, _done._FLUSH = 48, 0.0
+_file._SIDE, _done._FLUSH = SIDE, 0.0
 rng = np.random.default_rng(0)
-X, Y = rng.standard_normal((ROWS, 4)), rng.standard_normal((55, 4))
-CASES = [(nf.resnet(3), X, None), (nf.fully_connected(2), X.astype("f4"), Y.astype("f4"))]
+X, Y = rng.standard_normal((ROWS, *SHAPE)), rng.standard_normal((55, *SHAPE))
+if len(SHAPE) == 1:
+    CASES = [(nf.resnet(3), X, None), (nf.fully_connected(2), X.astype("f4"), Y.astype("f4"))]
+else:
+    CASES = [(nf.conv_net(2, readout="gap"), X, None), (nf.conv_net(2), X.astype("f4"), Y[:15].astype("f4"))]
 WANTED = [nf.gram(*case) for case in CASES]
 STEPS = ("open", "write", "pwrite", "fdatasync", "fsync", "posix_fallocate", "link", "rename", "replace", "unlink",
          "mkdir", "close")
@@ -230,11 +289,11 @@ def marked():
 
 def log_tiles():
     "Append every computed tile to a file of this run."
-    log, real = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), _tiles._prepare
-    def prepare(job, tile):
+    log, real = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), getattr(*TILE)
+    def prepare(job, tile, **rest):
         os.write(log, f"{tile.rows.start} {tile.cols.start}\\n".encode())
-        return real(job, tile)
-    _tiles._prepare = prepare
+        return real(job, tile, **rest)
+    setattr(*TILE, prepare)
 
 def logged():
     return [tuple(map(int, line.split())) for line in open("log")] if os.path.exists("log") else []
@@ -309,19 +368,25 @@ print(kills, finished)
 """
 
 
+def killed(rows, shape=(4,)):
+    """The beginning of such a process: its points."""
+    side, tile = (48, "_tiles, '_prepare'") if len(shape) == 1 else (8, "_conv, 'parts'")
+    return f"ROWS, SHAPE, SIDE = {rows}, {shape}, {side}\n{KILLED}\nTILE = {tile}\n"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills processes")
 def test_killed_at_every_step(fresh_python):
     # Rows written, flushes, marks, and everything that makes and names files.
-    code = KILLED.replace("ROWS", "60") + AT_EVERY_STEP
+    code = killed(60) + AT_EVERY_STEP
     assert int(fresh_python(code, timeout=300, OMP_NUM_THREADS="1")) > 80
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills processes")
-def test_killed_fifty_times(fresh_python):
-    kills, finished = map(
-        int, fresh_python(KILLED.replace("ROWS", "110") + AT_ANY_MOMENT, timeout=300, OMP_NUM_THREADS="1").split()
-    )
+@pytest.mark.parametrize(("rows", "shape"), [(110, (4,)), (20, (4, 3, 2))], ids=["points", "images"])
+def test_killed_fifty_times(fresh_python, rows, shape):
+    code = killed(rows, shape) + AT_ANY_MOMENT
+    kills, finished = map(int, fresh_python(code, timeout=300, OMP_NUM_THREADS="1").split())
     assert kills == 50
     assert finished >= 2
 
@@ -378,7 +443,7 @@ print("good")
 
 @pytest.mark.skipif(os.name != "posix", reason="forks")
 def test_parts_at_once(fresh_python):
-    assert fresh_python(KILLED.replace("ROWS", "110") + AT_ONCE, OMP_NUM_THREADS="1") == "good\n"
+    assert fresh_python(killed(110) + AT_ONCE, OMP_NUM_THREADS="1") == "good\n"
 
 
 def test_parts_one_after_the_other(path, monkeypatch):
@@ -529,6 +594,11 @@ def test_a_missing_file_or_a_broken_map(path):
     ({"x": np.full((3, 2), np.nan)}, ValueError, "X must be finite: row 0"),
     ({"y": np.ones((3, 2))}, ValueError, "X has 5 features and Y has 2"),
     ({"x": X.astype("f2")}, TypeError, "float16"),
+    ({"data_format": "channels_first"}, ValueError, "is for images"),
+    ({"net": nf.conv_net(2)}, ValueError, r"X must have shape \(n, \*grid, channels\)"),
+    ({"net": nf.conv_net(2), "x": IMAGES, "y": IMAGES[:, :3]}, ValueError, r"X has images of \(5, 4\) positions"),
+    ({"net": nf.conv_net(2), "x": IMAGES, "data_format": "nchw"}, ValueError, "data_format='nchw' is unknown"),
+    ({"net": nf.conv_net(9, gain=1e60), "x": IMAGES}, OverflowError, "does not fit"),
     ({"net": nf.fully_connected(2000, gain=9.0)}, OverflowError, "does not fit"),
 ])  # fmt: skip
 def test_bad_arguments_leave_nothing_behind(path, options, error, words):
@@ -637,3 +707,20 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*options, "--out", "K.npy", "--part", "half"])
+
+
+def test_command_line_of_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.save("X.npy", np.moveaxis(IMAGES, -1, 1))
+    options = ["gram", "X.npy", "--out", "K.npy", "--network", "conv_net", "--depth", "2", "--window", "3x1", "--quiet",
+               "--padding", "circular", "--readout", "gap", "--data-format", "channels_first"]  # fmt: skip
+    monkeypatch.setattr(_file, "_SIDE", 6)
+    assert main([*options, "--part", "1/2"]) == 0
+    assert not complete(tmp_path / "K.npy")
+    assert main([*options, "--resume"]) == 0
+    assert complete(tmp_path / "K.npy")
+    net = nf.conv_net(2, window=(3, 1), padding="circular", readout="gap")
+    np.testing.assert_array_equal(np.load("K.npy"), nf.gram(net, IMAGES))
+    capsys.readouterr()
+    assert main([*options, "--resume", "--bias-variance", "1"]) == 2
+    assert "belongs to another computation" in capsys.readouterr().err

@@ -22,19 +22,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ntkfast
-from ntkfast import _core
+from ntkfast import _conv, _core
 from ntkfast._arrays import available_memory, check_matrix, result_dtype
 from ntkfast._cuda import CudaUnavailable, load_cupy
 from ntkfast._machine import blas, processor
 from ntkfast.activation import NAMES
+from ntkfast.convolution import PADDINGS, POOLINGS, ConvNetwork
 from ntkfast.gram import KINDS, _check_kinds
 from ntkfast.network import Network
 
-BUILDERS: dict[str, Callable[..., Network]] = {
+BUILDERS: dict[str, Callable[..., Network | ConvNetwork]] = {
     "fully_connected": ntkfast.fully_connected,
     "resnet": ntkfast.resnet,
     "bottleneck_resnet": ntkfast.bottleneck_resnet,
     "fixed_readout_resnet": ntkfast.fixed_readout_resnet,
+    "conv_net": ntkfast.conv_net,
+    "conv_resnet": ntkfast.conv_resnet,
 }
 #: Keyword arguments of the builders that are options here; which builder has which is read from its signature.
 NUMBERS = {
@@ -47,6 +50,8 @@ NUMBERS = {
     "last_width_ratio": "width of the last layer over that of the others",
 }
 SWITCHES = {"first_trained": "the first matrix is trained", "readout_trained": "the readout is trained"}
+CHOICES = {"padding": (PADDINGS, "what a window sees outside the image"),
+           "readout": (POOLINGS, "f of all positions, or of their mean (global average pooling)")}  # fmt: skip
 ISA_NAMES = {"v2": "x86-64-v2 (SSE4.2)", "v3": "x86-64-v3 (AVX2)", "v4": "x86-64-v4 (AVX-512)"}
 
 Array = NDArray[Any]
@@ -122,11 +127,11 @@ def info() -> int:
 # --- gram ------------------------------------------------------------------------------------------------------------
 
 
-def _network(args: argparse.Namespace) -> Network:
+def _network(args: argparse.Namespace) -> Network | ConvNetwork:
     """The network of the command line; options that its builder lacks are refused."""
     builder = BUILDERS[args.network]
     legal = [name for name in inspect.signature(builder).parameters if name != "depth"]
-    options = {name: getattr(args, name) for name in ("activation", *NUMBERS, *SWITCHES)}
+    options = {name: getattr(args, name) for name in ("activation", "window", *NUMBERS, *SWITCHES, *CHOICES)}
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if name not in legal:
@@ -135,8 +140,8 @@ def _network(args: argparse.Namespace) -> Network:
     return builder(args.depth, **given)
 
 
-def _load(path: Path) -> Array:
-    """A .npy file, mapped and not read, and surely a matrix."""
+def _load(path: Path, net: Network | ConvNetwork, data_format: str) -> Array:
+    """A .npy file, mapped and not read, and surely a matrix, or images if the network takes them."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -144,7 +149,10 @@ def _load(path: Path) -> Array:
     if not isinstance(array, np.ndarray):
         array.close()
         raise ValueError(f"{path} holds several arrays (.npz); save the one with the points by numpy.save")
-    check_matrix(array, str(path))
+    if isinstance(net, ConvNetwork):
+        _conv.check_images(array, str(path), data_format)
+    else:
+        check_matrix(array, str(path))
     return array
 
 
@@ -190,6 +198,12 @@ def _new_files(targets: Sequence[Path], shape: tuple[int, int], dtype: np.dtype[
             part.unlink(missing_ok=True)
 
 
+def _window(text: str) -> int | tuple[int, ...]:
+    """3, or 3x5 (rows, columns)"""
+    sizes = tuple(int(size) for size in text.split("x"))
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
 def _part(text: str) -> tuple[int, int]:
     """k/of"""
     k, _, of = text.partition("/")
@@ -204,12 +218,13 @@ def _resumed_gram(args: argparse.Namespace) -> int:
     if "," in args.get:
         raise ValueError("--resume and --part take one kernel: run the command once for each, with another --out")
     net = _network(args)
-    points = [_load(args.points)] + ([] if args.other is None else [_load(args.other)])
+    paths = [args.points] + ([] if args.other is None else [args.other])
+    points = [_load(path, net, args.data_format) for path in paths]
     if args.dtype is not None:
         points = [np.asarray(x, args.dtype) for x in points]
     start = time.perf_counter()
     K = ntkfast.gram_to_file(net, points[0], args.out, *points[1:], get=args.get, part=args.part or (0, 1),
-                             progress=not args.quiet)  # fmt: skip
+                             progress=not args.quiet, data_format=args.data_format)  # fmt: skip
     print(f"{args.out}: {args.get}, {K.shape[0]} x {K.shape[1]} {K.dtype}, {args.out.stat().st_size / 1e6:,.1f} MB")
     print(f"{net}: {time.perf_counter() - start:.2f} s")
     return 0
@@ -222,13 +237,14 @@ def gram(args: argparse.Namespace) -> int:
     kinds = _check_kinds(tuple(args.get.split(",")))
     targets = _targets(args.out, kinds, args.force)
     net = _network(args)
-    x = _load(args.points)
-    y = None if args.other is None else _load(args.other)
+    x = _load(args.points, net, args.data_format)
+    y = None if args.other is None else _load(args.other, net, args.data_format)
     dtype = result_dtype(args.dtype, (str(args.points), x), *([] if y is None else [(str(args.other), y)]))
     shape = (len(x), len(x) if y is None else len(y))
     start = time.perf_counter()
     with _new_files(targets, shape, dtype) as arrays:
-        ntkfast.gram(net, x, y, get=kinds, normalize=args.normalize, dtype=dtype, out=arrays, progress=not args.quiet)
+        ntkfast.gram(net, x, y, get=kinds, normalize=args.normalize, dtype=dtype, out=arrays, progress=not args.quiet,
+                     data_format=args.data_format)  # fmt: skip
     seconds = time.perf_counter() - start
     for kind, path in zip(kinds, targets, strict=True):
         print(f"{path}: {kind}, {shape[0]} x {shape[1]} {dtype}, {path.stat().st_size / 1e6:,.1f} MB")
@@ -242,15 +258,17 @@ def gram(args: argparse.Namespace) -> int:
 def _add_gram(commands: Any) -> None:
     parser = commands.add_parser(
         "gram", help="Gram matrix of the points of a .npy file", allow_abbrev=False,
-        description="Gram matrix of the rows of a .npy file, written to another; the file appears when it is complete.",
+        description="Gram matrix of the rows (or images) of a .npy file, written to another; the file appears when it "
+        "is complete.",
     )  # fmt: skip
-    parser.add_argument("points", type=Path, help=".npy file of shape (n, d)")
+    parser.add_argument("points", type=Path, help=".npy file of shape (n, d), of images (n, *grid, channels)")
     parser.add_argument("--network", required=True, choices=BUILDERS)
     parser.add_argument("--depth", required=True, type=int)
     parser.add_argument("--out", required=True, type=Path, help=".npy file to write")
     parser.add_argument(
-        "--other", type=Path, metavar="FILE", help=".npy file of shape (m, d): a rectangular Gram matrix"
+        "--other", type=Path, metavar="FILE", help=".npy file of m other points: a rectangular Gram matrix"
     )
+    parser.add_argument("--data-format", choices=_conv.FORMATS, default=_conv.FORMATS[0], help="of images")
     parser.add_argument("--get", default="ntk", metavar="KERNEL[,KERNEL]",
                         help=f"{', '.join(KINDS)}; of several each goes to its own file, OUT_KERNEL.npy")  # fmt: skip
     parser.add_argument("--normalize", action="store_true", help="K_ij / sqrt(K_ii K_jj)")
@@ -265,6 +283,9 @@ def _add_gram(commands: Any) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     network = parser.add_argument_group("network", "options of the builder; each network has some of them")
     network.add_argument("--activation", metavar="NAME", help=", ".join(NAMES))
+    network.add_argument("--window", type=_window, metavar="ODD", help="size, or one for each axis of the image: 3x5")
+    for name, (legal, text) in CHOICES.items():
+        network.add_argument(_flag(name), choices=legal, help=text)
     for name, text in NUMBERS.items():
         network.add_argument(_flag(name), type=float, metavar="X", help=text)
     for name, text in SWITCHES.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ntkfast import _core, _hermite
 from ntkfast._arrays import allocate, as_numpy, check_memory, not_finite, result_dtype
 from ntkfast._plan import _HERMITE, _IDS, _STEP, _expanded, _suffix_row, _table
-from ntkfast._tiles import Progress
+from ntkfast._tiles import Progress, Tile, record_of
 from ntkfast.convolution import ConvNetwork
 
 Array = NDArray[Any]
@@ -30,8 +30,8 @@ _COARSE = 24
 _SIDE = 512
 
 
-def _grid_first(x: Array, name: str, data_format: str) -> tuple[Array, tuple[int, ...]]:
-    """(n, channels, height, width) view or copy, and the grid of the user (one or two axes)."""
+def check_images(x: Array, name: str, data_format: str) -> None:
+    """One or two grid axes beside images and channels, not empty."""
     if data_format not in FORMATS:
         raise ValueError(f"data_format={data_format!r} is unknown; use one of {', '.join(FORMATS)}")
     if x.ndim not in (3, 4):
@@ -39,6 +39,11 @@ def _grid_first(x: Array, name: str, data_format: str) -> tuple[Array, tuple[int
         raise ValueError(f"{name} must have shape {order} with one or two grid axes, got {x.shape}")
     if 0 in x.shape:
         raise ValueError(f"{name} is empty: shape {x.shape}")
+
+
+def _grid_first(x: Array, name: str, data_format: str) -> tuple[Array, tuple[int, ...]]:
+    """(n, channels, height, width) view or copy, and the grid of the user (one or two axes)."""
+    check_images(x, name, data_format)
     if data_format == "channels_last":
         x = np.moveaxis(x, -1, 1)
     grid = x.shape[2:]
@@ -263,8 +268,8 @@ class Part:
     slices: Vector | None  #: (layers, rows, cols)
 
 
-def _cuts(n: int, side: int) -> list[slice]:
-    return [slice(k, min(k + side, n)) for k in range(0, n, side)]
+def _cuts(n: int, side: int, start: int = 0) -> list[slice]:
+    return [slice(k, min(k + side, n)) for k in range(start, n, side)]
 
 
 def _shifts(problem: Problem, sums: Vector, seconds: float, call: Any) -> None:
@@ -275,13 +280,13 @@ def _shifts(problem: Problem, sums: Vector, seconds: float, call: Any) -> None:
         call(first, min(step, count - first), sums)
 
 
-def parts(problem: Problem, *, slices: bool) -> Iterator[Part]:
-    """All pairs, a few rows at a time; if symmetric, on and above the diagonal (on its tiles below it too)."""
+def parts(problem: Problem, tile: Tile, *, slices: bool) -> Iterator[Part]:
+    """All pairs of a tile, a few rows at a time; if symmetric, on and above the diagonal (near it below it too)."""
     side, one = problem.side(), 1e-9 * problem.nanoseconds()
     layers = len(problem.net.layers)
-    for rows in _cuts(len(problem.x), side):
+    for rows in _cuts(tile.rows.stop, side, tile.rows.start):
         x = problem.prepare(problem.x.images[rows], twice=False)
-        for cols in _cuts(len(problem.y), side):
+        for cols in _cuts(tile.cols.stop, side, tile.cols.start):
             if problem.symmetric and cols.start < rows.start:
                 continue
             same = problem.symmetric and rows == cols
@@ -361,14 +366,30 @@ def _factors(problem: Problem, side: Side, sums: Vector, mix: Sums, name: str, g
     return f
 
 
+def _within(part: Part, tile: Tile) -> Part:
+    """Rows and columns counted from those of a tile, which holds its own mirror image if it is on the diagonal."""
+    rows, cols = (slice(s.start - t.start, s.stop - t.start) for s, t in
+                  ((part.rows, tile.rows), (part.cols, tile.cols)))  # fmt: skip
+    return replace(part, rows=rows, cols=cols, mirrored=tile.diagonal)
+
+
 def _fill(problem: Problem, outs: list[Any], make: Any, progress: bool, *, slices: bool = False) -> None:
+    """The outputs, pair by pair, or the tiles that a record still wants, whole."""
     n, m = problem.shape
-    with Progress(progress, n * (n + 1) // 2 if problem.symmetric else n * m) as bar:
-        for part in parts(problem, slices=slices):
-            for k, out in enumerate(outs):
-                _store(out, part, make(k, part).astype(problem.dtype))
-            count = part.sums.shape[1] * part.sums.shape[2]
-            bar.add(count if not part.mirrored or part.cols.start >= part.rows.stop else count / 2)
+    record = record_of(outs)
+    todo = record.begin() if record else [Tile(slice(0, n), slice(0, m), problem.symmetric)]
+    with Progress(progress, sum(tile.entries for tile in todo)) as bar:
+        for tile in todo:
+            shape = tile.rows.stop - tile.rows.start, tile.cols.stop - tile.cols.start
+            targets = [np.empty(shape, problem.dtype)] if record else outs
+            for part in parts(problem, tile, slices=slices):
+                place = _within(part, tile) if record else part
+                for k, target in enumerate(targets):
+                    _store(target, place, make(k, part).astype(problem.dtype))
+                count = part.sums.shape[1] * part.sums.shape[2]
+                bar.add(count if not part.mirrored or part.cols.start >= part.rows.stop else count / 2)
+            if record:
+                record.keep(tile, targets[0])
 
 
 def gram(problem: Problem, kinds: tuple[str, ...], normalize: bool, out: Any, progress: bool) -> list[Any]:

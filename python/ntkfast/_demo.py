@@ -1,4 +1,4 @@
-"""``python -m ntkfast demo``: handwritten digits, every family of networks at any depth, and a picture."""
+"""``python -m ntkfast demo``: handwritten digits as rows and as images, networks of any depth, and a picture."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 import ntkfast
 from ntkfast import reference
 from ntkfast._demo_depth import CURVES, Curve, Point, Quality, picture
+from ntkfast.convolution import ConvNetwork
 from ntkfast.network import Network
+from ntkfast.reference import convolution
 
 Array = NDArray[np.float64]
 Builder = Callable[..., Network]
@@ -49,10 +51,12 @@ class Sizes:
     deep: tuple[int, ...]  #: depths of the other table, and of the picture
     runs: int  #: of each timing
     sample: int  #: points compared with the reference
+    images: int  #: of the small table of convolutional networks, half of them to fit
+    sample_images: int  #: compared with the reference, whose memory grows with the square of the positions
 
 
-FULL = Sizes(1797, 1000, 5, (3, 30, 300), (1, 10, 100, 1000, 10000), 3, 200)
-QUICK = Sizes(300, 150, 2, (3, 10), (1, 10, 100), 2, 40)
+FULL = Sizes(1797, 1000, 5, (3, 30, 300), (1, 10, 100, 1000, 10000), 3, 200, 400, 12)
+QUICK = Sizes(300, 150, 2, (3, 10), (1, 10, 100), 2, 40, 60, 4)
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,63 @@ def table(data: Data, sizes: Sizes) -> None:
     print(f"\n{notes(sizes, n - sizes.train, pairs)}\n")
 
 
+# --- images -----------------------------------------------------------------------------------------------------------
+
+IMAGE_HEAD = ("network", "readout", "images", "fit", "gram [ms]", "us/pair", "error", "least eigenvalue",
+              "accuracy [%]")  # fmt: skip
+IMAGE_WIDTHS = (16, 9, 8, 6, 11, 9, 9, 18, 15)
+#: Convolutions of the networks, and matrices of the fully connected one beside them.
+IMAGE_DEPTH = 3
+
+
+def image_error(net: ConvNetwork, x: Array, K: Array, sample: int) -> float:
+    """Largest relative error of K against the NumPy definition on a sample of images."""
+    some = np.sort(np.random.default_rng(0).permutation(len(x))[:sample])
+    exact = convolution.gram(net, x[some])["ntk"]
+    error = np.abs(K[np.ix_(some, some)] - exact) / np.maximum(np.abs(exact), FLOOR * np.abs(exact).max())
+    return float(error.max())
+
+
+def image_row(net: Network | ConvNetwork, data: Data, sizes: Sizes) -> str:
+    """One network measured on all of `data`, digits as images of 8 by 8 if it is convolutional."""
+    n, convolutional = len(data.x), isinstance(net, ConvNetwork)
+    x = data.x.reshape(n, 8, 8, 1) if convolutional else data.x
+    ntkfast.gram(net, x[:2])  # starts the threads
+    start = time.perf_counter()
+    K = ntkfast.gram(net, x)
+    duration = time.perf_counter() - start
+    if isinstance(net, ConvNetwork):
+        error = image_error(net, x, K, sizes.sample_images)
+    else:
+        error = largest_error(net, x, K, sizes.sample)[0]
+    root = np.sqrt(np.diag(K))
+    found = quality(K / np.outer(root, root), data, sizes)
+    name, readout = ("conv_net", net.pooling) if isinstance(net, ConvNetwork) else ("fully_connected", "-")
+    cells = (name, readout, f"{n:,}", f"{sizes.train:,}", f"{1e3 * duration:.1f}",
+             f"{2e6 * duration / (n * (n + 1)):.2g}", f"{error:.0e}", f"{found.least:.4f}",
+             f"{found.accuracy:.1f} +- {found.spread:.1f}")  # fmt: skip
+    return line(cells, IMAGE_WIDTHS)
+
+
+def image_table(data: Data, sizes: Sizes) -> None:
+    """Print what convolutions make of the same digits, and pooling of a part of them."""
+    few = Data(data.x[: sizes.images], data.label[: sizes.images])
+    small = replace(sizes, train=sizes.images // 2)
+    dense = ntkfast.fully_connected(IMAGE_DEPTH)
+    flatten, gap = (ntkfast.conv_net(IMAGE_DEPTH, readout=readout) for readout in ("flatten", "gap"))
+    print(f"The same digits as 8x8 images, depth {IMAGE_DEPTH}\n")
+    print(line(IMAGE_HEAD, IMAGE_WIDTHS))
+    for net, points, how in ((flatten, data, sizes), (dense, few, small), (flatten, few, small), (gap, few, small)):
+        print(image_row(net, points, how), flush=True)
+    text = paragraphs(
+        "conv_net: windows of 3x3, zeros around the image; readout of all positions (flatten) or of their mean (gap: "
+        "every pair of positions counts).",
+        f"gram: one run. error: as above, over {sizes.sample_images} images ({sizes.sample} points); R loses digits "
+        "where images agree. Least eigenvalue and accuracy: as above, on the images of the row.",
+    )
+    print(f"\n{text}\n")
+
+
 # --- any depth --------------------------------------------------------------------------------------------------------
 
 DEEP_HEAD = ("network", "depth", "path", "first [ms]", "again [ms]", "mean", "from limit", "least eigenvalue",
@@ -261,6 +322,7 @@ def run(out: Path, *, quick: bool, machine: str) -> None:
     sizes = QUICK if quick else FULL
     data = load(sizes.points)
     table(data, sizes)
+    image_table(data, sizes)
     rows = deep_table(data, sizes, machine)
     save(picture(rows, f"{sizes.train:,} training points, mean ± standard deviation over {sizes.splits} splits"), out)
     print(f"{out} written; {time.perf_counter() - start:.0f} s in all")

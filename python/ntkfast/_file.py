@@ -9,27 +9,29 @@ from typing import Any
 
 import numpy as np
 
-from ntkfast import _core
+from ntkfast import _conv, _core
 from ntkfast._arrays import as_numpy
 from ntkfast._done import MatrixFile
 from ntkfast._plan import mix_of
 from ntkfast._problem import Problem
 from ntkfast._tiles import fused_side
-from ntkfast.gram import KINDS, _check_kinds, gram
+from ntkfast.convolution import ConvNetwork
+from ntkfast.gram import KINDS, _check_kinds, _dense_format, gram
 from ntkfast.network import Network
 
 #: Of the done-map; another one is refused.
 FORMAT = 1
 #: Rows of a tile: its scratch is 32 MB in float64. Slow kernels take smaller tiles, of about so many seconds.
 _SIDE, _SECONDS = 2048, 20.0
-#: Tiles every part should have at least, if the matrix is not small.
-_SHARE = 8
+#: Tiles every part should have at least, if the matrix is not small: smaller ones than _FEW rows only if they take
+#: more than _SHORT seconds.
+_SHARE, _FEW, _SHORT = 8, 128, 1.0
 #: Bytes hashed at once.
 _BLOCK = 4 << 20
 
 
 def gram_to_file(
-    net: Network,
+    net: Network | ConvNetwork,
     X: Any,
     path: str | os.PathLike[str],
     Y: Any = None,
@@ -37,6 +39,7 @@ def gram_to_file(
     get: str = "ntk",
     part: tuple[int, int] = (0, 1),
     progress: bool = True,
+    data_format: str = "channels_last",
 ) -> np.memmap[Any, Any]:
     """Gram matrix in a ``.npy`` file, tile by tile; called again, it resumes.
 
@@ -48,12 +51,12 @@ def gram_to_file(
 
     Parameters
     ----------
-    net : Network
-    X : array, shape (n, d)
+    net : Network or ConvNetwork
+    X : array, shape (n, d), or images (n, *grid, channels)
         As for :func:`gram`; its dtype is that of the result.
     path : str or path
         The file. It must not exist, or be an unfinished (or finished) file of this very computation.
-    Y : array, shape (m, d), optional
+    Y : array, shape (m, d), or images, optional
         Other points; ``None`` means X: tiles on and above the diagonal are computed and mirrored.
     get : "ntk", "nngp" or "last_hidden"
     part : (k, of)
@@ -63,6 +66,8 @@ def gram_to_file(
         ``of`` may change between runs: tiles that any part has done are not done again.
     progress : bool
         Show a progress bar with the time left (tqdm if installed).
+    data_format : "channels_last" or "channels_first"
+        Of images; a run may resume with the same images in the other one.
 
     Returns
     -------
@@ -98,13 +103,13 @@ def gram_to_file(
     """
     kind, share = _kind(get), _part(part)
     target = _target(path)
-    problem = Problem(net, X, Y, None, None)
-    about = _about(problem, kind, X, Y) | {"tiling": _new_tiling(problem, kind, share[1])}
+    problem = _problem(net, X, Y, data_format)
+    about = _about(problem, kind, X, Y, data_format) | {"tiling": _new_tiling(problem, kind, share[1])}
     file = MatrixFile(target, problem.shape, problem.dtype, about, share, bool(progress))
     del problem  # it may hold a copy of the points
     if not file.check():
         try:
-            gram(net, X, Y, get=kind, out=file, progress=progress)
+            gram(net, X, Y, get=kind, out=file, progress=progress, data_format=data_format)
         finally:
             file.close()
         file.finish()
@@ -141,7 +146,14 @@ def _target(path: Any) -> Path:
     return target
 
 
-def _about(problem: Problem, kind: str, X: Any, Y: Any) -> dict[str, Any]:
+def _problem(net: Network | ConvNetwork, X: Any, Y: Any, data_format: str) -> Problem | _conv.Problem:
+    if isinstance(net, ConvNetwork):
+        return _conv.Problem(net, X, Y, None, None, data_format)
+    _dense_format(data_format)
+    return Problem(net, X, Y, None, None)
+
+
+def _about(problem: Problem | _conv.Problem, kind: str, X: Any, Y: Any, data_format: str) -> dict[str, Any]:
     """What makes two computations the same one, as it is stored."""
     from ntkfast import __version__
 
@@ -153,12 +165,12 @@ def _about(problem: Problem, kind: str, X: Any, Y: Any) -> dict[str, Any]:
         "get": kind,
         "dtype": str(problem.dtype),
         "shape": list(problem.shape),
-        "X": _digest(problem, X, "X"),
-        "Y": None if Y is None else _digest(problem, Y, "Y"),
+        "X": _digest(problem, X, "X", data_format),
+        "Y": None if Y is None else _digest(problem, Y, "Y", data_format),
     }
 
 
-def _functions(net: Network) -> list[Any]:
+def _functions(net: Network | ConvNetwork) -> list[Any]:
     """Values of the activations that are the user's functions: their repr is only a name."""
     used = dict.fromkeys(getattr(layer, "activation", None) for layer in net.layers)
     at = np.linspace(-3.1, 3.3, 9)
@@ -170,10 +182,12 @@ def _functions(net: Network) -> list[Any]:
     ]
 
 
-def _digest(problem: Problem, points: Any, name: str) -> dict[str, Any]:
-    """Shape and hash of the points in the dtype of the computation."""
-    gpu = problem.gpu
+def _digest(problem: Problem | _conv.Problem, points: Any, name: str, data_format: str) -> dict[str, Any]:
+    """Shape and hash of the points in the dtype of the computation, channels last."""
+    gpu = getattr(problem, "gpu", None)
     array = (gpu.view if gpu is not None and gpu.resident else as_numpy)(points, name)[0]
+    if data_format == "channels_first":
+        array = np.moveaxis(array, 1, -1)
     digest = hashlib.blake2b(digest_size=16)
     step = max(1, _BLOCK // max(1, problem.dtype.itemsize * int(np.prod(array.shape[1:]))))
     for start in range(0, len(array), step):
@@ -182,13 +196,21 @@ def _digest(problem: Problem, points: Any, name: str) -> dict[str, Any]:
     return {"shape": list(array.shape), "blake2b": digest.hexdigest()}
 
 
-def _new_tiling(problem: Problem, kind: str, parts: int) -> dict[str, int]:
+def _new_tiling(problem: Problem | _conv.Problem, kind: str, parts: int) -> dict[str, int]:
     """Rows of a tile, and the unit they begin at."""
-    n, m = problem.shape
-    nanoseconds = problem.nanoseconds(problem.path([mix_of(problem.net, kind)]))
-    side = min(_SIDE, fused_side(int(np.prod(problem.x.rows.shape[1:])), nanoseconds))
-    while side > 32 and 1e-9 * nanoseconds * side * side > _SECONDS:
+    (n, m), side, unit = problem.shape, _SIDE, 1
+    if isinstance(problem, Problem):
+        nanoseconds = problem.nanoseconds(problem.path([mix_of(problem.net, kind)]))
+        side = min(side, fused_side(int(np.prod(problem.x.rows.shape[1:])), nanoseconds))
+        unit = _core.PANEL
+    else:
+        nanoseconds = problem.nanoseconds()
+
+    def seconds() -> float:
+        return 1e-9 * nanoseconds * side * side
+
+    while side > 8 and seconds() > _SECONDS:
         side //= 2
-    while side > 128 and n * m < _SHARE * parts * side * side:
+    while (side > _FEW or (side > 8 and seconds() > _SHORT)) and n * m < _SHARE * parts * side * side:
         side //= 2
-    return {"side": side, "unit": _core.PANEL}
+    return {"side": side, "unit": unit}

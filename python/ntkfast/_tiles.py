@@ -81,9 +81,25 @@ class Record:
         """The tiles to do; called once, when everything else is checked."""
         raise NotImplementedError
 
+    def __setitem__(self, key: Any, value: Array) -> None:
+        """[..., rows, cols]"""
+        raise NotImplementedError
+
     def stored(self, tile: Tile) -> None:
         """A tile was assigned, its mirror too."""
         raise NotImplementedError
+
+    def keep(self, tile: Tile, values: Array) -> None:
+        """Assign a whole tile (rows, cols), its mirror too."""
+        assign(self, tile, values)
+        self.stored(tile)
+
+
+def assign(out: Any, tile: Tile, values: Array) -> None:
+    """Values (..., rows, cols) of a tile, and its mirror image if there is one."""
+    out[..., tile.rows, tile.cols] = values
+    if tile.mirrored and not tile.diagonal:
+        out[..., tile.cols, tile.rows] = np.swapaxes(values, -1, -2)
 
 
 def record_of(outputs: Sequence[Any]) -> Record | None:
@@ -220,9 +236,7 @@ def _finish(job: Job, ready: _Ready, bar: Progress) -> None:
         job.epilogue(tile, part, ready.products[part], [v[..., part, :] for v in ready.views], mirrors)
         bar.add(tile.entries * (part.stop - part.start) / rows)
     for out, scratch in ready.stores:
-        out[..., tile.rows, tile.cols] = scratch
-        if tile.mirrored and not tile.diagonal:
-            out[..., tile.cols, tile.rows] = np.swapaxes(scratch, -1, -2)
+        assign(out, tile, scratch)
 
 
 class Progress:
