@@ -145,6 +145,21 @@ def test_the_model_at_its_ends():
     assert choose(1500, 10**7, 10**7) == "gradients"
 
 
+def test_buffers_do_not_grow_with_the_positions(rng):
+    """Photographs: products of all positions of two of them would take 20 GB, and are not made."""
+    x = layers(rng, 3, [(50_000, 2, 3)])
+    left = check_factors(x, "x").factors
+    assert all(b.nbytes <= _contract._BUFFER for b in _contract._buffers(left, left, ["gradients"]))
+    wanted = explicit(x)
+    assert_close(nf.jacobian_gram(x), wanted[0], wanted.max(), 1e-13)
+    assert_close(nf.jacobian_diagonal(x), np.diag(wanted[0]), wanted.max(), 1e-13)
+    # the largest that products may take: every position of two samples, as the model allows
+    most = int((_contract._BUFFER / 8) ** 0.5)
+    assert _contract.contraction(9, 9, (most, most), 10**7, 10**7, 8, symmetric=True) == "products"
+    one = [_contract.Factor(np.ones((2 * most, 1)), np.ones((2 * most, 1)), most)]
+    assert all(b.nbytes <= _contract._BUFFER for b in _contract._buffers(one, one, ["products"]))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_larger_than_a_tile(dtype, rng):
     n = 2 * _contract.SIDE + 3
@@ -384,8 +399,9 @@ print(peak() - before)
         (500, [((100, 9), (100, 64))]),  # weight gradients, 2.3 MB a sample
         (60, [((9, 600), (9, 600))]),  # products of positions; the gradients of all samples take 173 MB
         (40, [((1600, 30), (1600, 40))]),  # products of all positions of two samples take 20 MB
+        (90, [((1024, 28), (1024, 32))] * 2),  # small images: all products of positions would take 68 GB
     ],
-    ids=["dense", "gradients", "products", "many positions"],
+    ids=["dense", "gradients", "products", "many positions", "images"],
 )
 def test_memory(n, shapes, dtype, fresh_python):
     """Beyond factors and result at most 64 MB, one thread."""

@@ -161,6 +161,64 @@ def test_without_gradients_and_with_one_sample():
     assert_close(one.numpy(), K[2:3, 2:3].numpy(), float(K.max()), 1e-13)
 
 
+class Convolutional(nn.Module):
+    """A ConvNetwork of average=False with unit variances as a module, channels first, with the weights of a network."""
+
+    def __init__(self, network, grid):
+        super().__init__()
+        net, self.grid = network.net, grid
+        kind = nn.Conv1d if len(grid) == 1 else nn.Conv2d
+        sizes, todo, convolutions, channels = net.windows(len(grid)), iter(network.weights), [], 3
+        for layer in net.layers:
+            W = torch.from_numpy(next(todo)).reshape(network.width, *sizes, channels).movedim(-1, 1)
+            conv = kind(channels, network.width, sizes, padding="same", bias=bool(layer.bias_variance),
+                        padding_mode=net.padding, dtype=W.dtype)  # fmt: skip
+            with torch.no_grad():
+                conv.weight.copy_(W)
+                if conv.bias is not None:
+                    conv.bias.copy_(torch.from_numpy(next(todo)))
+            conv.requires_grad_(layer.trained)
+            convolutions.append(conv)
+            channels = network.width
+        self.convolutions, self.net = nn.ModuleList(convolutions), net
+        a = torch.from_numpy(next(todo))  # (positions, m), or (m,)
+        self.readout = nn.Linear(a.numel(), 1, bias=False, dtype=a.dtype)
+        with torch.no_grad():
+            self.readout.weight.copy_((a if net.pooling == "gap" else a.T).reshape(1, -1))
+
+    def forward(self, x):
+        for layer, conv in zip(self.net.layers, self.convolutions, strict=True):
+            act = {"relu": torch.relu, "tanh": torch.tanh, "gelu": nn.functional.gelu}[layer.activation.name]
+            h = act(conv(x)) / conv.out_channels**0.5
+            x = layer.gain**0.5 * h if isinstance(layer, nf.Dense) else layer.skip * x + layer.scale * h
+        return self.readout(x.flatten(2).mean(dim=2) if self.net.pooling == "gap" else x.flatten(1))
+
+
+@pytest.mark.parametrize("pooling", ["flatten", "gap"])
+@pytest.mark.parametrize(("grid", "window", "padding"), [((5, 9), (3, 5), "zeros"), ((5, 6), 3, "circular"),
+                                                         ((7,), 5, "circular"), ((1, 7), 3, "zeros")])  # fmt: skip
+def test_finite_convolutional_networks(grid, window, padding, pooling, rng):
+    """init(...) against the same network in PyTorch: outputs, torch.func, and factors by hooks."""
+    layers = [nf.Dense("gelu", gain=1.7, bias_variance=1.0), nf.Residual("relu", scale=0.8, skip=-0.9),
+              nf.Dense("tanh", gain=0.4, trained=False), nf.Residual("gelu", scale=0.5, bias_variance=1.0)]  # fmt: skip
+    net = nf.ConvNetwork(layers, window=window, padding=padding, average=False, pooling=pooling)
+    network = nf.init(net, (*grid, 3), 7, seed=0)
+    module, x = Convolutional(network, grid), torch.from_numpy(rng.standard_normal((5, 3, *grid)))
+    X, option = x.numpy(), {"data_format": "channels_first"}
+    f = module(x).detach().numpy()[:, 0]
+    assert_close(network.outputs(X, **option), f, np.abs(f).max(), 1e-13)
+    K = nf.empirical_ntk(network, X, per_layer=True, **option)
+    wanted = kernels(jacobian(module, x))[:, :, 0, :, 0]
+    assert_close(K, wanted, wanted.max(), 1e-12)
+    assert_close(nf.torch.empirical_ntk(module, x).numpy(), K.sum(axis=0), K.max(), 1e-13)
+    own, hooks = network.jacobian_factors(X, **option), nf.torch.jacobian_factors(module, x)
+    for ours, theirs in zip(own, hooks, strict=True):
+        assert ours.inputs.shape == tuple(theirs.inputs.shape)
+        assert_close(nf.jacobian_gram([ours]), nf.jacobian_gram([theirs]).numpy(), K.max(), 1e-13)
+    tensors = network.jacobian_factors(x, **option)
+    assert all(isinstance(t, torch.Tensor) for f in tensors for t in f)
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,12 +1,7 @@
 // Bias-free convolutional networks with a positively homogeneous activation (MATH.md, sections 3, 3b and 9b).
-//
-// State of a pair: E, half squared distances, which stay right where correlations are 1 up to rounding, and M = T + S.
-//   e = cw sum E,  m = cw sum M over the window,  n = root_i root_j,  x = 1 - rho = (e - (root_i - root_j)^2 / 2) / n
-//   Q = n (h0 (1 - x) + h1 g),  E_Q = h0 e - h1 n g,  D = slope + h1 (1 - theta)
-//   E' = p^2 E + p q (b_i - b_j)(mu_i - mu_j) + r E_Q,   M' = p^2 M + r D m + p q (b_i mu_j + b_j mu_i) + r Q
-// The first layer has any sign and carries F, half squared norms of sums, too: 1 + rho = (f - (root_i - root_j)^2 / 2) / n.
-// Only the first layer may be frozen.
+// The formulas are in csrc/math/conv.h. Only the first layer may be frozen.
 #pragma once
+#include "../math/conv.h"
 #include "conv_planes.h"
 
 namespace ntk {
@@ -21,10 +16,6 @@ static int fast_arrays(const ConvPlan& p) {
     return skip || (p.pooled && !p.circular) ? kMean + 1 : kInverse + 1;
 }
 
-// Window variances below this share of the image's mean are zero: the inverse of their product must be finite.
-NTK_INLINE double least_variance(double) { return 1e-280; }
-NTK_INLINE double least_variance(float) { return 1e-32; }
-
 template <class T>
 struct FastImage {
     const T* data;  // (n_layers, arrays, size), then the channels, (channels, size)
@@ -33,8 +24,6 @@ struct FastImage {
     // The first one if there is no such array: nobody reads it then.
     const T* array(int layer, int a) const { return data + (std::int64_t(layer) * arrays + (a < arrays ? a : 0)) * size; }
 };
-
-NTK_INLINE double mean_factor(const GeneralLayer& l) { return (1.0 - l.slope) * kInvSqrt2Pi; }
 
 // Numbers of all layers of one image. x: (channels, positions); room: (6, positions).
 template <class T>
@@ -75,18 +64,6 @@ void fast_image(const ConvPlan& p, const Geometry<T>& g, const T* x, bool twice,
     }
 }
 
-// Numbers of a layer in the type of the arithmetic; h0, h1 and slope contain the branch variance r.
-template <class T>
-struct FastLayer {
-    T skip, cross, h0, h1, slope;
-    bool even;
-};
-template <class T>
-NTK_INLINE FastLayer<T> fast_layer(const GeneralLayer& l) {
-    return {T(l.p * l.p), T(l.p * l.q * mean_factor(l)), T(l.r * 0.5 * fma_(l.slope, l.slope, 1.0)),
-            T(l.r * 0.5 * (1.0 - l.slope) * (1.0 - l.slope)), T(l.r * l.slope), l.slope == -1.0};
-}
-
 // Rows of a layer, one vector after the other. e, m, roots: of the window; E, M: the state, in place; sum_m, sum_s, sum_own:
 // (span,) totals of the last layer. step, step_j, stride: between rows of the first image, of the second, of the state.
 template <class T>
@@ -98,62 +75,15 @@ struct FastRows {
     int step, step_j, stride, rows;
 };
 
-template <class T>
-struct FastTerms {
-    T n, x;  // x - 2 if rho < 0
-    T q, eq, d;  // r Q, r E_Q, r D
-    T difference;
-};
-template <class T>
-NTK_INLINE FastTerms<T> fast_terms(const FastLayer<T>& l, T e, T root_i, T inv_i, T root_j, T inv_j) {
-    const T difference = root_i - root_j, n = root_i * root_j;
-    T x = at_least(fma_(T(-0.5) * difference, difference, e), T(0)) * inv_i * inv_j;
-    x = x > T(1) ? T(1) : x;
-    const Arc<T> u = arc(x);
-    const T area = n * u.area;
-    return {n, x, fma_(l.h1, area, l.h0 * (n - n * x)), fma_(l.h0, e, -l.h1 * area), fma_(l.h1, T(1) - u.theta, l.slope), difference};
-}
-// The first layer: m is f here.
-template <class T>
-NTK_INLINE FastTerms<T> fast_first(const FastLayer<T>& l, T e, T f, T root_i, T inv_i, T root_j, T inv_j) {
-    const T difference = root_i - root_j, n = root_i * root_j, half = T(0.5) * difference * difference;
-    const bool negative = f < e;
-    const T near = negative ? f : e;
-    T x = at_least(near - half, T(0)) * inv_i * inv_j;
-    x = x > T(1) ? T(1) : x;
-    const Arc<T> u = arc(x);
-    const T area = n * u.area, c = n - n * x;
-    const bool below = negative && !l.even;
-    const T q = below ? fma_(l.h1, area + c, -l.h0 * c) : fma_(l.h1, area, l.h0 * c);
-    const T eq = below ? fma_(l.h0, T(0.5) * (e + f), -q) : fma_(l.h0, near, -l.h1 * area);
-    return {n, negative ? x - T(2) : x, q, eq, fma_(l.h1, negative ? u.theta : T(1) - u.theta, l.slope), difference};
-}
-template <class T>
-NTK_INLINE T signed_cosine(T x) {
-    return x < T(0) ? T(1) + x : T(1) - x;
-}
-
 template <bool FIRST, bool SKIP, bool LAST, class T>
 NTK_INLINE void fast_position(const FastLayer<T>& l, const FastRows<T>& a, T trained, int column, int c, int j, int at) {
-    const T e = a.e[c], f = a.m[c];
-    const FastTerms<T> t = FIRST ? fast_first(l, e, f, a.root_i[c], a.inv_i[c], a.root_j[j], a.inv_j[j])
-                                 : fast_terms(l, e, a.root_i[c], a.inv_i[c], a.root_j[j], a.inv_j[j]);
-    const T m = FIRST ? trained * T(0.5) * (f - e) : f;
-    T s = t.q, state = t.eq, kernel = t.d * m;
-    if (SKIP) {
-        const T bi = a.mean_i[c], bj = a.mean_j[j];
-        s = fma_(l.cross, fma_(bi, a.root_j[j], bj * a.root_i[c]), s);
-        kernel = fma_(l.skip, a.M[at], kernel);
-        state = fma_(l.skip, a.E[at], fma_(l.cross * (bi - bj), t.difference, state));
-    }
-    kernel += s;
-    if (LAST) {
-        if (SKIP) s = fma_(l.skip, (a.half_i[c] + a.half_j[j]) - a.E[at], s);
-        const T cosine = FIRST ? signed_cosine(t.x) : T(1) - t.x;
-        a.sum_m[column] += kernel, a.sum_s[column] += s, a.sum_own[column] += t.d * (t.n * cosine);
-    } else {
-        a.E[at] = state, a.M[at] = kernel;  // rounding below 0 is caught where x is formed
-    }
+    const T zero = T(0);
+    const FastPoint<T> first{a.root_i[c], a.inv_i[c], SKIP ? a.mean_i[c] : zero, SKIP && LAST ? a.half_i[c] : zero};
+    const FastPoint<T> second{a.root_j[j], a.inv_j[j], SKIP ? a.mean_j[j] : zero, SKIP && LAST ? a.half_j[j] : zero};
+    const FastState<T> before{SKIP ? a.E[at] : zero, SKIP ? a.M[at] : zero};
+    const FastResult<T> r = fast_step<FIRST, SKIP>(l, trained, {a.e[c], a.m[c]}, before, first, second);
+    if (LAST) a.sum_m[column] += r.state.m, a.sum_s[column] += r.s, a.sum_own[column] += r.own;
+    else a.E[at] = r.state.e, a.M[at] = r.state.m;
 }
 // TOGETHER positions are done together, to hide the latency of their square roots.
 template <bool FIRST, bool SKIP, bool LAST, int TOGETHER, class T>

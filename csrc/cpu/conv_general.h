@@ -1,11 +1,7 @@
 // Any convolutional network (MATH.md, sections 3, 3b and 9b), in double: biases, frozen layers, all activations.
-//
-// State of a pair: E and F, half squared distances and half squared norms of sums (both are sums of positive terms, so one of
-// them is right where |rho| is 1 up to rounding), and T. With e, f, t the window sums times cw, f' = f + 2 cb:
-//   1 - rho = (e - (root_i - root_j)^2 / 2) / n,   1 + rho = (f' - (root_i - root_j)^2 / 2) / n,   C = (f' - e) / 2
-//   E' = p^2 E + p q (b_i - b_j)(mu_i - mu_j) + r E_Q,   F' with plus signs,   E_Q + F_Q = Q_ii + Q_jj
-//   T' = p^2 T + r D (t + w (f - e) / 2 + wb cb)
+// The formulas are in csrc/math/conv.h.
 #pragma once
+#include "../math/conv.h"
 #include "conv_planes.h"
 #include "general.h"
 
@@ -136,40 +132,31 @@ struct GeneralChunk {
     int rows, cols;
     bool last;
 };
+NTK_INLINE ConvPoint conv_point(const RowArrays& a, int k) { return {a.root[k], a.inv[k], a.mean[k], a.mu[k], a.q[k]}; }
+
 static void general_chunk(const ConvPlan& p, const Geometry<double>& g, const GeneralLayer& l, const GeneralChunk& c, const RowArrays& ri,
                           const RowArrays& rj, GeneralArrays& a, double* total) {
     const int n = c.rows * c.cols, whole = (n + 15) & ~15;
     for (int r = 0; r < c.rows; ++r)
         for (int k = 0; k < c.cols; ++k) {
             const int at = r * c.cols + k;
-            const double dn = ri.root[at] - rj.root[at], half = 0.5 * dn * dn, scale = ri.inv[at] * rj.inv[at];
-            const double e = at_least(c.e[r * g.span + k] - half, 0.0) * scale;
-            const double f = at_least(c.f[r * g.span + k] + 2.0 * l.cb - half, 0.0) * scale;
-            const double least = f < e ? f : e;
-            a.lx[at] = least > 1.0 ? 1.0 : least, a.ls[at] = f < e ? -1.0 : 1.0;
+            const Correlation rho = conv_correlation(l, c.e[r * g.span + k], c.f[r * g.span + k], ri.root[at], ri.inv[at],
+                                                     rj.root[at], rj.inv[at]);
+            a.lx[at] = rho.x, a.ls[at] = rho.s;
         }
     for (int k = n; k < whole; ++k) a.lx[k] = 0.0, a.ls[k] = 1.0;
     expectations<true>(l, p.tables, ri, rj, 0, whole, a);
     for (int r = 0; r < c.rows; ++r)
         for (int k = 0; k < c.cols; ++k) {
             const int at = r * c.cols + k, state = r * g.stride + k, plane = r * g.span + k;
-            const double both = ri.q[at] + rj.q[at], other = at_least(both - a.w[at], 0.0);
-            const double eq = a.side[at] < 0.0 ? other : a.w[at], fq = a.side[at] < 0.0 ? a.w[at] : other;
-            const double minus = (ri.mean[at] - rj.mean[at]) * (ri.mu[at] - rj.mu[at]);
-            const double plus = (ri.mean[at] + rj.mean[at]) * (ri.mu[at] + rj.mu[at]);
-            const double cov = 0.5 * (c.f[plane] - c.e[plane]), skip = l.p * l.p;
-            const double T = fma_(skip, c.T[state], l.r * a.d[at] * (c.t[plane] + fma_(l.w, cov, l.wb * l.cb)));
-            const double E = fma_(skip, c.E[state], fma_(l.p * l.q, minus, l.r * eq));
-            const double F = fma_(skip, c.F[state], fma_(l.p * l.q, plus, l.r * fq));
-            if (c.own) {
-                c.own[plane] = l.r * a.d[at] * fma_(l.w, cov, l.wb * l.cb);
-                c.factor[plane] = l.r * l.cw * a.d[at];
-            }
+            const ConvResult u = conv_step(l, {c.e[plane], c.f[plane], c.t[plane]}, {c.E[state], c.F[state], c.T[state]},
+                                           {a.w[at], a.d[at], a.side[at], 0.0, 0.0}, conv_point(ri, at), conv_point(rj, at));
+            if (c.own) c.own[plane] = u.own, c.factor[plane] = u.factor;
             if (c.last) {
-                const double S = 0.5 * (F - E);
-                total[0] += T + S, total[1] += S, total[2] += l.r * a.d[at] * cov;
+                const double S = 0.5 * (u.state.f - u.state.e);
+                total[0] += u.state.t + S, total[1] += S, total[2] += u.last;
             }
-            c.E[state] = E, c.F[state] = F, c.T[state] = T;
+            c.E[state] = u.state.e, c.F[state] = u.state.f, c.T[state] = u.state.t;
         }
 }
 

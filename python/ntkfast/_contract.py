@@ -76,11 +76,13 @@ def contraction(
     return "products" if products <= gradients else "gradients"
 
 
-def _buffers(left: Sequence[Factor], right: Sequence[Factor]) -> tuple[Array, Array]:
-    def rows(factor: Factor) -> int:
-        return min(max(ROWS, factor.positions), len(factor.inputs))
+def _buffers(left: Sequence[Factor], right: Sequence[Factor], ways: Sequence[str]) -> tuple[Array, Array]:
+    def rows(factor: Factor, way: str) -> int:
+        # products of all positions of a sample at least; gradients are rows of samples, however many positions
+        count = len(factor.inputs) if way == "products" else len(factor)
+        return min(max(ROWS, factor.positions) if way == "products" else ROWS, count)
 
-    size = max(rows(a) * rows(b) for a, b in zip(left, right, strict=True))
+    size = max(rows(a, way) * rows(b, way) for a, b, way in zip(left, right, ways, strict=True))
     return np.empty(size, dtype=left[0].inputs.dtype), np.empty(size, dtype=left[0].inputs.dtype)
 
 
@@ -112,6 +114,12 @@ def _gradients(factor: Factor, ins: slice, outs: slice) -> Array:
     A, D = factor.blocks
     gradients: Array = np.matmul(A[:, :, ins].transpose(0, 2, 1), D[:, :, outs])
     return gradients.reshape(len(factor), -1)
+
+
+def weight_gradients(factor: Factor, out: Array) -> None:
+    """out = weight gradients of every sample, (n, fan_in fan_out)."""
+    A, D = factor.blocks
+    np.matmul(A.transpose(0, 2, 1), D, out=out.reshape(len(factor), A.shape[2], D.shape[2]))
 
 
 def _parameter_slices(samples: int, fan_in: int, fan_out: int, itemsize: int) -> list[tuple[slice, slice]]:
@@ -191,7 +199,7 @@ def fill(out: Any, left: Sequence[Factor], right: Sequence[Factor] | None, *, pe
                     symmetric=symmetric)
         for a, b in zip(left, other, strict=True)
     ]  # fmt: skip
-    work = _Work(left, other, ways, per_layer, _buffers(left, other))
+    work = _Work(left, other, ways, per_layer, _buffers(left, other, ways))
     todo = list(tiles(n, m, symmetric, _side(out, dtype)))
     with Progress(progress, sum(tile.entries for tile in todo)) as bar:
         for tile in todo:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkfast._arrays import as_numpy, check_matrix, check_memory, result_dtype
-from ntkfast._derivatives import Derivatives, derivatives
+from ntkfast._arrays import as_numpy, check_memory, result_dtype
+from ntkfast._contract import Factor
+from ntkfast._derivatives import derivatives
+from ntkfast._passes import Head, Step, fill_factors, outputs
+from ntkfast._windows import Layout, Points, Windows
+from ntkfast.convolution import ConvNetwork
 from ntkfast.jacobian import LayerFactors
 from ntkfast.layers import Bottleneck, Dense, HalvedLayer, Layer, Linear, Residual, c_sigma
 from ntkfast.network import Network
@@ -20,42 +24,6 @@ Array = NDArray[Any]
 
 #: Bytes of the arrays of one batch of samples on their way through the network.
 _BATCH = 32 << 20
-
-
-@dataclass(frozen=True)
-class Step:
-    """One layer with its weights: x' = skip x + branch s(z), or skip x + outer (branch s(z) V^T + outer_bias beta').
-
-    z = weight x W^T + bias beta. Rows are samples.
-    """
-
-    W: Array  #: (width, fan_in)
-    beta: Array | None  #: (width,), None without bias
-    V: Array | None  #: (width, width) of a bottleneck
-    outer_beta: Array | None
-    activation: Derivatives
-    weight: float  #: sqrt of the weight variance
-    bias: float
-    skip: float
-    branch: float
-    outer: float
-    outer_bias: float
-    trained: bool
-
-    @property
-    def arrays(self) -> list[Array]:
-        return [w for w in (self.W, self.beta, self.V, self.outer_beta) if w is not None]
-
-
-@dataclass(frozen=True)
-class Head:
-    """The readout: f = weight x a + bias beta."""
-
-    a: Array  #: (width,)
-    beta: Array | None  #: (1,)
-    weight: float
-    bias: float
-    trained: bool
 
 
 class _Sampler:
@@ -102,11 +70,17 @@ def _even(width: float) -> int:
     return max(2, 2 * round(width / 2))
 
 
-def _features(input_shape: Any) -> int:
+def _layout(net: Network | ConvNetwork, input_shape: Any) -> Layout:
     shape = tuple(input_shape) if isinstance(input_shape, (tuple, list)) else (input_shape,)
+    if isinstance(net, ConvNetwork):
+        if len(shape) not in (2, 3):
+            raise ValueError("input_shape must be (*grid, channels) with one or two grid axes for a ConvNetwork, "
+                             f"got {input_shape!r}")  # fmt: skip
+        *grid, channels = (_count("input_shape", size) for size in shape)
+        return Windows.of(net, tuple(grid), channels)
     if len(shape) != 1:
         raise ValueError(f"input_shape must be the number of features, d or (d,), got {input_shape!r}")
-    return _count("input_shape", shape[0])
+    return Points(_count("input_shape", shape[0]))
 
 
 def _count(name: str, value: Any) -> int:
@@ -117,7 +91,7 @@ def _count(name: str, value: Any) -> int:
     return int(value)
 
 
-def _check_activations(net: Network) -> None:
+def _check_activations(net: Network | ConvNetwork) -> None:
     for layer in net.layers:
         if derivatives(layer.activation).first is None:
             raise ValueError(f"{layer.activation!r} has no derivative; give one: "
@@ -125,20 +99,21 @@ def _check_activations(net: Network) -> None:
 
 
 def init(
-    net: Network, input_shape: Any, width: int, *, seed: int | np.random.Generator, dtype: Any = "float64",
-    device: Any = None,
+    net: Network | ConvNetwork, input_shape: Any, width: int, *, seed: int | np.random.Generator,
+    dtype: Any = "float64", device: Any = None,
 ) -> FiniteNetwork:  # fmt: skip
     """A random network of finite width with exactly the initialisation of the papers.
 
     Parameters
     ----------
-    net : Network
-        From a builder or :class:`Network`; its first layer gets the fixed ``Linear`` in front that it implies.
-    input_shape : int or (int,)
-        Number of features d.
+    net : Network or ConvNetwork
+        From a builder, :class:`Network` (its first layer gets the fixed ``Linear`` in front that it implies) or
+        :class:`ConvNetwork`.
+    input_shape : int or (int,); for a ConvNetwork (*grid, channels)
+        Number of features d; size of the images, with one or two grid axes.
     width : int
-        m, of every layer. The last layer of :func:`fixed_readout_resnet` has m times its width ratio, rounded to the
-        nearest even number: half of the readout's entries are +1, half -1.
+        m, of every layer: the channels of a convolution. The last layer of :func:`fixed_readout_resnet` has m times its
+        width ratio, rounded to the nearest even number: half of the readout's entries are +1, half -1.
     seed : int or numpy.random.Generator
         The weights are the same in both precisions, up to rounding.
     dtype : float32 or float64
@@ -158,9 +133,9 @@ def init(
 
     Notes
     -----
-    All entries are standard normal; 1/sqrt(m) and the variances stand in the formulas (Du et al., arXiv 1811.03804;
-    Huang et al., 2002.06262). :func:`fixed_readout_resnet` has entries N(0, 2/m) and kernels divided by m
-    (Frei, Cao, Gu, 1910.02934).
+    All entries are standard normal; 1/sqrt(m), the variances and the 1/sqrt(q) of averaged windows of q slots stand in
+    the formulas (Du et al., arXiv 1811.03804; Huang et al., 2002.06262; Arora et al., 1904.11955).
+    :func:`fixed_readout_resnet` has entries N(0, 2/m) and kernels divided by m (Frei, Cao, Gu, 1910.02934).
 
     Examples
     --------
@@ -171,31 +146,39 @@ def init(
     [(2000, 2), (2000, 2000), (2000, 2000), (2000,)]
     >>> bool(np.allclose(nf.empirical_ntk(network, X), nf.gram(net, X), atol=0.3))
     True
+    >>> network = nf.init(nf.conv_net(depth=2), (8, 8, 3), width=32, seed=0)
+    >>> [w.shape for w in network.weights]
+    [(32, 27), (32, 288), (64, 32)]
     """
-    if not isinstance(net, Network):
-        raise TypeError(f"net must be a Network (fully_connected, resnet, ...), got {type(net).__name__}")
+    if not isinstance(net, (Network, ConvNetwork)):
+        raise TypeError(f"net must be a Network or ConvNetwork (resnet, conv_net, ...), got {type(net).__name__}")
     if device not in (None, "cpu"):
         raise ValueError(f"device={device!r}: finite networks are computed on the CPU only; use device=None or 'cpu'")
     wanted = result_dtype("float64" if dtype is None else dtype)
-    d, m = _features(input_shape), _count("width", width)
+    layout, m = _layout(net, input_shape), _count("width", width)
     _check_activations(net)
     draw = _Sampler(seed, wanted)
-    layers = list(net.layers)
+    layers: list[Layer] = list(net.layers)
     if getattr(layers[0], "skip", 0.0):
         layers.insert(0, Linear(trained=False))
     outer = sum(isinstance(layer, Bottleneck) for layer in layers)
-    check_memory((m * d + m * m * (len(layers) - 1 + outer)) * wanted.itemsize, f"the network of width {m}")
+    inner = layout.slots * (layout.features + m * (len(layers) - 1))
+    check_memory(m * (inner + m * outer) * wanted.itemsize, f"the network of width {m}")
+    averaged = 1 / math.sqrt(layout.slots) if isinstance(net, ConvNetwork) and net.average else 1.0
     steps: list[Step] = []
     for k, layer in enumerate(layers):
-        steps.append(_step(layer, len(steps[-1].W) if steps else d, m, draw, last=k == len(layers) - 1))
-    return FiniteNetwork(net, tuple(steps), _head(net, len(steps[-1].W), draw), m)
+        features = len(steps[-1].W) if steps else layout.features
+        step = _step(layer, layout.slots * features, m, draw, last=k == len(layers) - 1)
+        steps.append(replace(step, weight=step.weight * averaged))
+    head = _head(net, layout.readout_shape(len(steps[-1].W)), draw)
+    return FiniteNetwork(net, tuple(steps), head, m, layout)
 
 
-def _head(net: Network, width: int, draw: _Sampler) -> Head:
+def _head(net: Network | ConvNetwork, shape: tuple[int, ...], draw: _Sampler) -> Head:
     ro = net.readout
     if ro.centred:
-        return Head(np.resize(np.array([1.0, -1.0], dtype=draw.dtype), width), None, 1.0, 0.0, False)
-    a = draw.normal(width)
+        return Head(np.resize(np.array([1.0, -1.0], dtype=draw.dtype), shape), None, 1.0, 0.0, False)
+    a = draw.normal(*shape)
     beta = draw.normal(1) if ro.bias_variance else None
     return Head(a, beta, math.sqrt(ro.weight_variance), math.sqrt(ro.bias_variance), ro.trained)
 
@@ -205,13 +188,15 @@ class FiniteNetwork:
 
     Attributes
     ----------
-    net : Network
+    net : Network or ConvNetwork
         The description it was made from.
     width : int
     dtype : numpy.dtype
     weights : list of arrays
         From the input to the output: every layer's W (fan_out, fan_in), its bias, V, its bias; the readout and its
-        bias. Biases of variance 0 are left out. Change entries in place to change the network.
+        bias. Biases of variance 0 are left out. Change entries in place to change the network. In a convolutional
+        network fan_in runs over the slots of the window, row-major, and within a slot over the channels; "flatten" has
+        a readout (positions, width), "gap" one of (width,).
 
     Examples
     --------
@@ -223,9 +208,11 @@ class FiniteNetwork:
     (3,)
     """
 
-    def __init__(self, net: Network, steps: tuple[Step, ...], head: Head, width: int) -> None:
+    def __init__(
+        self, net: Network | ConvNetwork, steps: tuple[Step, ...], head: Head, width: int, layout: Layout
+    ) -> None:
         self.net, self.width = net, width
-        self._steps, self._head = steps, head
+        self._steps, self._head, self._layout = steps, head, layout
         self.dtype = head.a.dtype
         # Kernels of the +-1 readout are divided by m: its gradients by sqrt m.
         self._unit = 1 / math.sqrt(width) if net.readout.centred else 1.0
@@ -239,162 +226,89 @@ class FiniteNetwork:
     def __repr__(self) -> str:
         return f"FiniteNetwork({self.net!r}, width={self.width}, {self.dtype})"
 
-    def outputs(self, X: Any) -> Any:
-        """f(x) for the rows of X, (n, d): array of shape (n,), of the kind and dtype of X.
+    def outputs(self, X: Any, *, data_format: str = "channels_last") -> Any:
+        """f(x) for the rows of X, (n, d), or images (n, *grid, channels): array (n,), of the kind and dtype of X.
+
+        ``data_format="channels_first"``: images (n, channels, *grid), as for :func:`gram`.
 
         Raises
         ------
         TypeError, ValueError
             Another dtype than the network's, wrong shape, entries not finite.
         """
-        x, wrap = self.points(X, "X")
+        x, wrap = self.points(X, "X", data_format)
         out = np.empty(len(x), dtype=self.dtype)
-        for rows in self._batches(len(x)):
-            state = x[rows]
-            for step in self._steps:
-                state = _advance(step, state)
-            out[rows] = self._read(state)
+        for part in self._batches(len(x)):
+            out[part] = outputs(self._steps, self._head, self._layout, self._layout.rows(x[part]))
         return wrap(out)
 
-    def jacobian_factors(self, X: Any) -> list[LayerFactors]:
-        """Layer inputs and output gradients for the rows of X, (n, d), for :func:`jacobian_gram`.
+    def jacobian_factors(self, X: Any, *, data_format: str = "channels_last") -> list[LayerFactors]:
+        """Layer inputs and output gradients for X, (n, d), or images (n, *grid, channels), for :func:`jacobian_gram`.
 
         One entry per trained weight matrix, in the order of :func:`layer_grams`; a bias is one more column of the
-        inputs. df/dW of sample i is deltas[i] inputs[i]^T, for :func:`fixed_readout_resnet` divided by sqrt(m).
+        inputs. df/dW of sample i is deltas[i] inputs[i]^T, for :func:`fixed_readout_resnet` divided by sqrt(m). The
+        layers of a convolutional network have a position axis, (n, positions, fan_in) and (n, positions, fan_out), over
+        which that is summed; its readout, (n, positions width) or pooled (n, width), has none.
 
         Raises
         ------
         The errors of :meth:`outputs`; OutOfMemoryError if the factors do not fit in memory.
         """
-        x, wrap = self.points(X, "X")
+        x, wrap = self.points(X, "X", data_format)
         check_memory(len(x) * self.bytes_per_sample, f"the factors of {len(x)} samples")
-        return [LayerFactors(wrap(a), wrap(d)) for a, d in self.factors(x)]
+        made = self.factors(x)
+        hidden = len(made) - self._head.trained if isinstance(self._layout, Windows) else 0
+        pairs = [f.blocks if k < hidden else (f.inputs, f.deltas) for k, f in enumerate(made)]
+        return [LayerFactors(wrap(a), wrap(d)) for a, d in pairs]
 
-    def points(self, X: Any, name: str) -> tuple[Array, Any]:
-        """Checked rows and the way back to their kind."""
+    def points(self, X: Any, name: str, data_format: str = "channels_last") -> tuple[Array, Any]:
+        """Checked samples, features last, and the way back to their kind."""
         x, wrap = as_numpy(X, name)
-        check_matrix(x, name)
-        d = self._steps[0].W.shape[1]
-        if x.shape[1] != d:
-            raise ValueError(f"{name} has {x.shape[1]} features and the network takes {d}")
+        x = self._layout.check(x, name, data_format)
         if x.dtype.kind == "f" and result_dtype(None, (name, x)) != self.dtype:
             raise TypeError(f"{name} is {x.dtype} and the network is {self.dtype}; convert {name} or give init(dtype=)")
         result_dtype(None, (name, x))
         x = np.asarray(x, dtype=self.dtype)
-        if not np.isfinite(x).all():
-            raise ValueError(f"{name} must be finite: row {int(np.flatnonzero(~np.isfinite(x).all(axis=1))[0])} "
-                             "holds NaN or infinity")  # fmt: skip
+        finite = np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+        if not finite.all():
+            raise ValueError(f"{name} must be finite: row {int(np.flatnonzero(~finite)[0])} holds NaN or infinity")
         return x, wrap
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """(positions, columns of the inputs, columns of the deltas) of every factor."""
+        p, shapes = self._layout.positions, []
+        for step in self._steps:
+            if not step.trained:
+                continue
+            shapes.append((p, step.W.shape[1] + (step.beta is not None), len(step.W)))
+            if step.V is not None:
+                shapes.append((p, step.V.shape[1] + (step.outer_beta is not None), len(step.V)))
+        if self._head.trained:
+            shapes.append((1, self._head.a.size + (self._head.beta is not None), 1))
+        return shapes
 
     @property
     def bytes_per_sample(self) -> int:
         """Memory of the factors of one sample."""
-        shapes = self._shapes()
-        return sum(a + d for a, d in shapes) * self.dtype.itemsize
-
-    def _shapes(self) -> list[tuple[int, int]]:
-        """(columns of the inputs, columns of the deltas) of every factor."""
-        shapes = []
-        for step in self._steps:
-            if not step.trained:
-                continue
-            shapes.append((step.W.shape[1] + (step.beta is not None), len(step.W)))
-            if step.V is not None:
-                shapes.append((step.V.shape[1] + (step.outer_beta is not None), len(step.V)))
-        if self._head.trained:
-            shapes.append((len(self._head.a) + (self._head.beta is not None), 1))
-        return shapes
+        return sum(p * (a + d) for p, a, d in self.shapes) * self.dtype.itemsize
 
     def _batches(self, n: int) -> Iterator[slice]:
-        width = max(max(step.W.shape) for step in self._steps)
-        size = max(16, _BATCH // (5 * width * self.dtype.itemsize))
+        """Samples whose rows go through the network together: at least one, and sixteen rows."""
+        p = self._layout.positions
+        # what a layer sees, the gradient of that, and four arrays of its results
+        columns = max(2 * step.W.shape[1] + 4 * len(step.W) for step in self._steps)
+        size = max(-(-16 // p), _BATCH // (p * columns * self.dtype.itemsize))
         for start in range(0, n, size):
             yield slice(start, min(start + size, n))
 
-    def _read(self, x: Array) -> Array:
-        f: Array = (x @ self._head.a) * self._head.weight
-        return f if self._head.beta is None else f + self._head.bias * self._head.beta
-
-    def factors(self, x: Array) -> list[tuple[Array, Array]]:
-        """The factors of checked rows, as arrays."""
-        made = [(np.empty((len(x), a), self.dtype), np.empty((len(x), d), self.dtype)) for a, d in self._shapes()]
-        for rows in self._batches(len(x)):
-            _fill_factors(self, x[rows], [(a[rows], d[rows]) for a, d in made])
+    def factors(self, x: Array) -> list[Factor]:
+        """The factors of checked samples, as rows."""
+        made = [
+            Factor(np.empty((len(x) * p, a), self.dtype), np.empty((len(x) * p, d), self.dtype), p)
+            for p, a, d in self.shapes
+        ]
+        for part in self._batches(len(x)):
+            rows = self._layout.rows(x[part])
+            fill_factors(self._steps, self._head, self._layout, rows, [f.part(part) for f in made], self._unit)
         return made
-
-
-def _store(inputs: Array, x: Array, amplitude: float, bias: float) -> Array:
-    """inputs = (amplitude x, bias); returns its part without the bias."""
-    width = x.shape[1]
-    np.multiply(x, x.dtype.type(amplitude), out=inputs[:, :width])
-    if inputs.shape[1] > width:
-        inputs[:, width] = bias
-    return inputs[:, :width]
-
-
-def _preactivation(step: Step, scaled: Array) -> Array:
-    z: Array = scaled @ step.W.T
-    if step.beta is not None:
-        z += step.bias * step.beta
-    return z
-
-
-def _combine(step: Step, x: Array, h: Array) -> Array:
-    """x' from the branch h = branch s(z)."""
-    new = h
-    if step.V is not None:
-        new = h @ step.V.T
-        if step.outer_beta is not None:
-            new += step.outer_bias * step.outer_beta
-        new *= step.outer
-    if step.skip:
-        new = new + step.skip * x
-    return new
-
-
-def _advance(step: Step, x: Array) -> Array:
-    z = _preactivation(step, x if step.weight == 1.0 else step.weight * x)
-    return _combine(step, x, step.branch * step.activation.value(z))
-
-
-def _fill_factors(network: FiniteNetwork, x: Array, made: list[tuple[Array, Array]]) -> None:
-    """Forward, keeping inputs and slopes; backward, turning slopes into gradients in place."""
-    todo = iter(made)
-    tape: list[tuple[Step, Array, Array | None]] = []  # step, slope (later gradient), gradient of V
-    for step in network._steps:
-        first = step.activation.first
-        assert first is not None
-        if step.trained:
-            inputs, slope = next(todo)
-            scaled = _store(inputs, x, step.weight, step.bias)
-        else:
-            scaled, slope = step.weight * x, np.empty((len(x), len(step.W)), x.dtype)
-        z = _preactivation(step, scaled)
-        np.multiply(first(z), step.branch, out=slope)
-        h = step.branch * step.activation.value(z)
-        outer = None
-        if step.V is not None and step.trained:
-            inputs, outer = next(todo)
-            _store(inputs, h, 1.0, step.outer_bias)
-        x = _combine(step, x, h)
-        tape.append((step, slope, outer))
-    head = network._head
-    if head.trained:
-        inputs, deltas = next(todo)
-        _store(inputs, x, head.weight, head.bias)
-        deltas[:] = 1
-    g = np.broadcast_to((head.weight * network._unit) * head.a, x.shape)
-    for k, (step, slope, outer) in zip(range(len(tape) - 1, -1, -1), reversed(tape), strict=True):
-        inner = g
-        if step.V is not None:
-            inner = step.outer * g
-            if outer is not None:
-                outer[:] = inner
-            inner = inner @ step.V
-        np.multiply(slope, inner, out=slope)
-        if k == 0:
-            return
-        back = slope @ step.W
-        if step.weight != 1.0:
-            back *= step.weight
-        g = back + step.skip * g if step.skip else back

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkfast import _core
-from ntkfast.finite import FiniteNetwork, Step
+from ntkfast._passes import Step
+from ntkfast.convolution import ConvNetwork
+from ntkfast.finite import FiniteNetwork
 from ntkfast.jacobian import result_array
 from ntkfast.layers import Dense, Residual
 
@@ -38,6 +40,8 @@ def _check(network: Any) -> None:
     if not isinstance(network, FiniteNetwork):
         raise TypeError(f"network must be a FiniteNetwork from init(...), got {type(network).__name__}")
     net = network.net
+    if isinstance(net, ConvNetwork):
+        raise ValueError("third_order_kernel takes dense networks (fully_connected, resnet), not a ConvNetwork")
     for h, layer in enumerate(net.layers, 1):
         if not isinstance(layer, (Dense, Residual)):
             raise ValueError("third_order_kernel takes Dense and Residual layers (fully_connected, resnet); "
