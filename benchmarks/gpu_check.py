@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gpu_finite
 import numpy as np
 
 import ntkfast as nf
@@ -35,7 +36,7 @@ from ntkfast._cuda import CudaUnavailable, compiler, layout, load_cupy
 from ntkfast._cuda import gram as gpu_gram
 
 HERE = Path(__file__).resolve().parent
-KERNELS = ("points", *layout.SQUARE)
+KERNELS = ("points", *layout.SQUARE, "jacobian")
 TOOLS = ("memcheck", "racecheck", "initcheck")
 Report = dict[str, Any]
 
@@ -44,7 +45,8 @@ FUSED = {"float64": (32, 23, 16), "float32": (14, 10, 6)}
 #: Other operations of a layer without signs and V (csrc/math/layer.h); the square root is not counted.
 OTHERS = 20
 
-SANITIZED = """
+SANITIZED = (
+    """
 import os, numpy as np, ntkfast as nf
 x = np.random.default_rng(0).normal(size=(67, 5)); x[3] = x[4]; x[5] = -x[6]; x[7] = 0
 for net in (nf.resnet(3), nf.resnet(2, "erf"), nf.Network([nf.Dense("tanh", bias_variance=0.1)])):
@@ -54,6 +56,8 @@ for net in (nf.resnet(3), nf.resnet(2, "erf"), nf.Network([nf.Dense("tanh", bias
             assert np.isfinite(nf.gram(net, z, get=("ntk", "nngp"), device="cuda")).all()
         assert np.isfinite(nf.layer_grams(net, z, z[:9], device="cuda")).all()
 """
+    + gpu_finite.SANITIZED
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ TARGETS = (
     ("table path, float64, slowest row: epilogues, share of the copy bandwidth", 0.6, True),
     ("recursion, fully_connected(10), float64: share of the FMA rate", 0.5, True),
     ("layer by layer in CuPy over ours, depth 10", 10.0, True),
+    (*gpu_finite.TARGET, False),
 )
 
 
@@ -311,8 +316,8 @@ def run_sanitizer(report: Report) -> None:
         raise RuntimeError("\n".join(failed))
 
 
-def run_benchmarks(report: Report, n: int, d: int, rounds: int, baseline: bool = True) -> None:
-    """Rates, then every case; targets last."""
+def run_benchmarks(report: Report, n: int, d: int, rounds: int, width: int, baseline: bool = True) -> None:
+    """Rates, then every case, then finite networks; targets last."""
     cupy = load_cupy()
     report["limits"] = rates = limits(cupy, n, d, rounds)
     report["cases"], report["baseline"] = [], []
@@ -323,7 +328,18 @@ def run_benchmarks(report: Report, n: int, d: int, rounds: int, baseline: bool =
     if baseline:
         ours = measure(cupy, small, rounds, rates["float64"])["gram"]["ms"]
         report["baseline"].append(measure_baseline(cupy, small, rounds, ours))
+    # Memory of the matrices above must not be missing below.
+    cupy.get_default_memory_pool().free_all_blocks()
+    report["finite"] = gpu_finite.run(
+        gpu_gram.Gpu(cupy.cuda.Device().id), lambda call: device_times(cupy, call, max(3, rounds // 3)),
+        finite_sizes(n, d, width), {dtype: rate["copy"]["GB/s"] for dtype, rate in rates.items()},
+    )  # fmt: skip
     report["targets"] = targets(report)
+
+
+def finite_sizes(n: int, d: int, width: int) -> tuple[int, int, int, int]:
+    """(n, d, width, depth) of finite networks: half of the points."""
+    return max(64, n // 2), d, width, 5
 
 
 def targets(report: Report) -> list[Report]:
@@ -342,11 +358,12 @@ def targets(report: Report) -> list[Report]:
         float(np.min([r["of_copy"] for r in tables])) if tables else None,
         deep[0]["of_fma"] if deep else None,
         report["baseline"][0]["over_ours"] if report["baseline"] else None,
+        float(np.max([r["over_products"] for r in report["finite"]["jacobian_gram"]])) if "finite" in report else None,
     )
     return [line(name, value, *rest) for (name, *rest), value in zip(TARGETS, values, strict=True)]
 
 
-def plan(n: int, d: int, rounds: int) -> str:
+def plan(n: int, d: int, rounds: int, width: int) -> str:
     """What will be done, in words."""
     lines = [
         f"build: {', '.join(KERNELS)}",
@@ -356,6 +373,7 @@ def plan(n: int, d: int, rounds: int) -> str:
         *(f"    {case.name}, {case.dtype}, {case.path}" for case in cases(n, d)),
         f"    streaming to the host, n = {max(64, n // 2)}",
         f"    layer by layer in CuPy, n = {max(64, n // 4)}",
+        "    finite networks: n = {}, d = {}, width {}, depth {}; K3".format(*finite_sizes(n, d, width)),
         "targets:",
         *(f"    {name} {'>=' if least else '<='} {limit:g}" for name, limit, least in TARGETS),
     ]
@@ -369,10 +387,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--skip", nargs="*", choices=("tests", "sanitizer", "benchmarks"), default=[])
     parser.add_argument("--n", type=int, default=32768)
     parser.add_argument("--d", type=int, default=784)
+    parser.add_argument("--width", type=int, default=4096, help="of finite networks")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--folder", type=Path, default=HERE / "results")
     options = parser.parse_args(arguments)
-    print(plan(options.n, options.d, options.rounds))
+    print(plan(options.n, options.d, options.rounds, options.width))
     if options.dry_run:
         return 0
     try:
@@ -384,7 +403,7 @@ def main(arguments: list[str] | None = None) -> int:
         "build": lambda: build(report),
         "tests": lambda: run_tests(report),
         "sanitizer": lambda: run_sanitizer(report),
-        "benchmarks": lambda: run_benchmarks(report, options.n, options.d, options.rounds),
+        "benchmarks": lambda: run_benchmarks(report, options.n, options.d, options.rounds, options.width),
     }
     for name, step in steps.items():
         if name in options.skip:

@@ -170,6 +170,19 @@ def test_larger_than_a_tile(dtype, rng):
     assert_close(K, wanted, np.abs(wanted).max(), BOUND[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_layers(dtype, rng):
+    """Inner products of a thousand numbers, of one sign and of both, against sums in higher precision."""
+    x = layers(rng, 40, [(0, 700, 1024), *[(0, 1024, 1024)] * 4, (0, 1024, 1)], dtype)
+    x = [nf.LayerFactors(np.abs(a) if k % 2 else a, np.abs(d) if k > 2 else d) for k, (a, d) in enumerate(x)]
+    high = [tuple(part.astype(np.longdouble) for part in f) for f in x]
+    wanted = np.array([(a @ a.T) * (d @ d.T) for a, d in high])
+    assert_close(nf.jacobian_gram(x), wanted.sum(axis=0), np.abs(wanted.sum(axis=0)).max(), BOUND[dtype])
+    largest = np.abs(wanted).max(axis=(1, 2), keepdims=True)
+    assert_close(nf.jacobian_gram(x, per_layer=True), wanted, largest, BOUND[dtype])
+    assert_close(nf.jacobian_diagonal(x), np.diag(wanted.sum(axis=0)), wanted.sum(axis=0).max(), BOUND[dtype])
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     n=st.integers(1, 9), m=st.integers(1, 9), seed=st.integers(0, 99), data=st.data(),

@@ -222,3 +222,24 @@ def test_what_is_refused():
         nf.third_order_kernel(network, X, out=np.empty((3, 3)))
     with pytest.raises(nf.OutOfMemoryError):
         nf.third_order_kernel(network, np.zeros((10**4, 3)))
+
+
+MEMORY = """
+import re, numpy as np, ntkfast as nf
+from pathlib import Path
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
+n = 100
+X, out = np.random.default_rng(0).standard_normal((n, 30)), np.ones((n, n, n))
+network = nf.init(nf.resnet(3, "tanh"), 30, 600, seed=0)
+nf.third_order_kernel(network, X[:20])  # buffers of the BLAS
+before = peak()
+nf.third_order_kernel(network, X, out=out)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory(fresh_python):
+    """Beyond network and result 64 MB, one thread; the tangents of all pairs would take several hundred."""
+    used = int(fresh_python(MEMORY, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"))
+    assert used < 64e6

@@ -20,17 +20,23 @@ struct Block {
 
 __device__ __forceinline__ i64 blocks_of(i64 n, int side) { return (n + side - 1) / side; }
 
-// Block number `index` of the tile; false if nothing in it is wanted.
+// Block number `index` of a tile of rows x cols; false if nothing in it is wanted. `diagonal`: i == j is one point, and with
+// `upper` only pairs i <= j are computed.
+template <int SIDE, int PAIRS>
+__device__ __forceinline__ bool place(i64 rows, i64 cols, bool diagonal, bool upper, i64 index, Block<SIDE, PAIRS>& b) {
+    const i64 columns = blocks_of(cols, SIDE);
+    b.i0 = index / columns * SIDE, b.j0 = index % columns * SIDE;
+    b.rows = rows - b.i0 < SIDE ? int(rows - b.i0) : SIDE;
+    b.cols = cols - b.j0 < SIDE ? int(cols - b.j0) : SIDE;
+    b.row = int(threadIdx.x) / SIDE, b.col = int(threadIdx.x) % SIDE;
+    b.diagonal = diagonal;
+    b.upper = diagonal && upper;
+    return !b.upper || b.i0 < b.j0 + SIDE;
+}
+
 template <int SIDE, int PAIRS>
 __device__ __forceinline__ bool place(const Job& job, i64 index, bool mirrored, Block<SIDE, PAIRS>& b) {
-    const i64 columns = blocks_of(job.cols, SIDE);
-    b.i0 = index / columns * SIDE, b.j0 = index % columns * SIDE;
-    b.rows = job.rows - b.i0 < SIDE ? int(job.rows - b.i0) : SIDE;
-    b.cols = job.cols - b.j0 < SIDE ? int(job.cols - b.j0) : SIDE;
-    b.row = int(threadIdx.x) / SIDE, b.col = int(threadIdx.x) % SIDE;
-    b.diagonal = job.diagonal != 0;
-    b.upper = b.diagonal && mirrored;
-    return !b.upper || b.i0 < b.j0 + SIDE;
+    return place(job.rows, job.cols, job.diagonal != 0, mirrored, index, b);
 }
 
 // Results of the block go row by row to `out` and, through shared memory, to the mirror: both stores are coalesced.

@@ -10,7 +10,7 @@ gradients   weight gradients sum_l A_l D_l^T sample by sample, fan_in fan_out a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,15 @@ def contraction(
     return "products" if products <= gradients else "gradients"
 
 
+def contractions(left: Sequence[Factor], right: Sequence[Factor], *, symmetric: bool) -> list[str]:
+    """The way of every layer."""
+    return [
+        contraction(len(a), len(b), (a.positions, b.positions), a.inputs.shape[1], a.deltas.shape[1],
+                    a.inputs.dtype.itemsize, symmetric=symmetric)
+        for a, b in zip(left, right, strict=True)
+    ]  # fmt: skip
+
+
 def _buffers(left: Sequence[Factor], right: Sequence[Factor], ways: Sequence[str]) -> tuple[Array, Array]:
     def rows(factor: Factor, way: str) -> int:
         # products of all positions of a sample at least; gradients are rows of samples, however many positions
@@ -86,7 +95,7 @@ def _buffers(left: Sequence[Factor], right: Sequence[Factor], ways: Sequence[str
     return np.empty(size, dtype=left[0].inputs.dtype), np.empty(size, dtype=left[0].inputs.dtype)
 
 
-def _cuts(rows: slice, side: int) -> list[slice]:
+def cuts(rows: slice, side: int) -> list[slice]:
     return [slice(k, min(k + side, rows.stop)) for k in range(rows.start, rows.stop, side)]
 
 
@@ -95,9 +104,9 @@ def _add_products(
 ) -> None:
     """to (+)= contraction of samples `rows` and `cols`; `same`: they are equal, and only pairs above the diagonal."""
     p, r = a.positions, b.positions
-    for i in _cuts(rows, max(1, ROWS // p)):
+    for i in cuts(rows, max(1, ROWS // p)):
         x = a.part(i)
-        for j in _cuts(cols, max(1, ROWS // r)):
+        for j in cuts(cols, max(1, ROWS // r)):
             if same and j.start < i.start:
                 continue
             y = x if same and i == j else b.part(j)
@@ -116,18 +125,14 @@ def _gradients(factor: Factor, ins: slice, outs: slice) -> Array:
     return gradients.reshape(len(factor), -1)
 
 
-def weight_gradients(factor: Factor, out: Array) -> None:
-    """out = weight gradients of every sample, (n, fan_in fan_out)."""
-    A, D = factor.blocks
-    np.matmul(A.transpose(0, 2, 1), D, out=out.reshape(len(factor), A.shape[2], D.shape[2]))
-
-
-def _parameter_slices(samples: int, fan_in: int, fan_out: int, itemsize: int) -> list[tuple[slice, slice]]:
-    """Parts of a weight matrix whose gradients, for so many samples, fit in _SLICE."""
-    most = max(1, _SLICE // (samples * itemsize))
+def parameter_slices(
+    samples: int, fan_in: int, fan_out: int, itemsize: int, size: int | None = None
+) -> list[tuple[slice, slice]]:
+    """Parts of a weight matrix whose gradients, for so many samples, fit in `size` bytes (_SLICE)."""
+    most = max(1, (_SLICE if size is None else size) // (samples * itemsize))
     width = min(fan_out, most)
     height = max(1, most // width)
-    return [(i, j) for i in _cuts(slice(0, fan_in), height) for j in _cuts(slice(0, fan_out), width)]
+    return [(i, j) for i in cuts(slice(0, fan_in), height) for j in cuts(slice(0, fan_out), width)]
 
 
 def _add_gradients(
@@ -137,11 +142,11 @@ def _add_gradients(
     x = a.part(rows)
     y = x if same else b.part(cols)
     samples, item = max(len(x), len(y)), x.inputs.itemsize
-    for ins, outs in _parameter_slices(samples, x.inputs.shape[1], x.deltas.shape[1], item):
+    for ins, outs in parameter_slices(samples, x.inputs.shape[1], x.deltas.shape[1], item):
         G = _gradients(x, ins, outs)
         H = G if same else _gradients(y, ins, outs)
-        for i in _cuts(slice(0, len(x)), ROWS):
-            for j in _cuts(slice(0, len(y)), ROWS):
+        for i in cuts(slice(0, len(x)), ROWS):
+            for j in cuts(slice(0, len(y)), ROWS):
                 if same and j.start < i.start:
                     continue
                 g = G[i]
@@ -165,8 +170,8 @@ def _tile(work: _Work, to: Array, rows: slice, cols: slice, same: bool) -> None:
     """One tile of the result: in cache the layers without explicit gradients, then the others; then the mirror."""
     cached = [h for h, way in enumerate(work.ways) if way == "products"]
     explicit = [h for h, way in enumerate(work.ways) if way == "gradients"]
-    for i in _cuts(rows, ROWS) if cached else []:
-        for j in _cuts(cols, ROWS):
+    for i in cuts(rows, ROWS) if cached else []:
+        for j in cuts(cols, ROWS):
             if same and j.start < i.start:
                 continue
             part = to[..., i.start - rows.start : i.stop - rows.start, j.start - cols.start : j.stop - cols.start]
@@ -194,11 +199,7 @@ def fill(out: Any, left: Sequence[Factor], right: Sequence[Factor] | None, *, pe
     n, m = out.shape[-2:]
     symmetric, other = right is None, left if right is None else right
     dtype = left[0].inputs.dtype
-    ways = [
-        contraction(n, m, (a.positions, b.positions), a.inputs.shape[1], a.deltas.shape[1], dtype.itemsize,
-                    symmetric=symmetric)
-        for a, b in zip(left, other, strict=True)
-    ]  # fmt: skip
+    ways = contractions(left, other, symmetric=symmetric)
     work = _Work(left, other, ways, per_layer, _buffers(left, other, ways))
     todo = list(tiles(n, m, symmetric, _side(out, dtype)))
     with Progress(progress, sum(tile.entries for tile in todo)) as bar:
@@ -226,6 +227,46 @@ def _fill_tile(work: _Work, out: Any, tile: Tile) -> None:
             out[..., tile.cols, tile.rows] = np.swapaxes(to, -1, -2)
 
 
+def sample_tiles(n: int, m: int | None, bytes_per_sample: int, memory: int) -> list[slice] | None:
+    """Rows of X whose factors are kept at once; ``None`` if those of all samples are.
+
+    The rule of :func:`empirical_ntk`: everything is kept if it fits in ``memory``. Otherwise each tile of rows is kept
+    while those of the columns are made again beside it, and each of the two has half of the memory.
+    """
+    if (n + (m or 0)) * bytes_per_sample <= memory:
+        return None
+    side = max(1, memory // (2 * bytes_per_sample))
+    count = -(-n // side)
+    return [slice(n * k // count, n * (k + 1) // count) for k in range(count)]
+
+
+def in_tiles(
+    fill: Callable[..., None], make: Callable[[slice, bool], list[Factor]], out: Any, rows: list[slice],
+    cols: list[slice] | None, *, per_layer: bool, progress: Any,
+) -> None:  # fmt: skip
+    """Tile by tile, each by `fill`, with the factors of one tile of rows and one of columns at a time.
+
+    make(part, left) are those of some rows of X, or of Y if not ``left``; cols None means symmetric.
+    """
+    for i, row in enumerate(rows):
+        left = make(row, True)
+        for j, col in enumerate(rows if cols is None else cols):
+            if cols is None and j < i:
+                continue
+            same = cols is None and i == j
+            right = None if same else make(col, cols is None)
+            direct = hasattr(out, "strides")  # views of NumPy's and CuPy's arrays can be filled in place
+            shape = (*out.shape[:-2], row.stop - row.start, col.stop - col.start)
+            to = out[..., row, col] if direct else np.empty(shape, left[0].inputs.dtype)
+            fill(to, left, right, per_layer=per_layer, progress=progress)
+            if not direct:
+                out[..., row, col] = to
+            if cols is None and not same:
+                out[..., col, row] = to.swapaxes(-1, -2)
+            right = None  # before the next ones are made
+        left = []
+
+
 def diagonal_of(factor: Factor) -> NDArray[np.float64]:
     """Squared norms of the weight gradients of every sample, (n,)."""
     if factor.positions == 1:
@@ -235,14 +276,14 @@ def diagonal_of(factor: Factor) -> NDArray[np.float64]:
     item = factor.inputs.itemsize
     result = np.zeros(n)
     if p * (fan_in + fan_out) <= fan_in * fan_out and p * p * item <= _SLICE:
-        for rows in _cuts(slice(0, n), max(1, _SLICE // (p * p * item))):
+        for rows in cuts(slice(0, n), max(1, _SLICE // (p * p * item))):
             A, D = factor.part(rows).blocks
             P, Q = np.matmul(A, A.transpose(0, 2, 1)), np.matmul(D, D.transpose(0, 2, 1))
             result[rows] = np.einsum("ilr,ilr->i", P, Q)
         return result
     step = max(1, _SLICE // (fan_in * fan_out * item))
-    for rows in _cuts(slice(0, n), step):
+    for rows in cuts(slice(0, n), step):
         x = factor.part(rows)
-        for ins, outs in _parameter_slices(len(x), fan_in, fan_out, item):
+        for ins, outs in parameter_slices(len(x), fan_in, fan_out, item):
             result[rows] += _core.squares(_gradients(x, ins, outs))
     return result

@@ -1,6 +1,7 @@
 """Activations of finite networks: s, s' and s'' on arrays.
 
-Written with NumPy functions that hand other arrays on to their own library (``__array_function__``).
+Written with NumPy functions that hand other arrays on to their own library (``__array_function__``), so that they take
+CuPy's arrays as they are.
 """
 
 from __future__ import annotations
@@ -13,10 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkfast import _core
+from ntkfast._cuda.device import erf as erf_on_device
 from ntkfast.activation import Activation
 
 Array = NDArray[Any]
 Elementwise = Callable[[Array], Any]
+
+
+_HOST_ONLY = (
+    "activation {name!r} does not take arrays on a GPU ({reason}); write it with NumPy's or CuPy's array functions, "
+    "or keep the network in host memory (device=None)"
+)
 
 
 class Derivatives(NamedTuple):
@@ -27,7 +35,9 @@ class Derivatives(NamedTuple):
     second: Elementwise | None
 
 
-def _erf(z: Array) -> Array:
+def _erf(z: Any) -> Any:
+    if not isinstance(z, np.ndarray):
+        return erf_on_device(z)
     return np.asarray(_core.erf(z)).astype(z.dtype, copy=False)
 
 
@@ -89,7 +99,7 @@ def _kinked(slope: float) -> Derivatives:
         return Derivatives(lambda z: np.maximum(z, 0), lambda z: (z > 0).astype(z.dtype), None)
     return Derivatives(
         lambda z: np.where(z > 0, z, z.dtype.type(slope) * z),
-        lambda z: np.where(z > 0, z.dtype.type(1), z.dtype.type(slope)),
+        lambda z: np.where(z > 0, np.ones_like(z), np.full_like(z, slope)),
         None,
     )
 
@@ -97,11 +107,22 @@ def _kinked(slope: float) -> Derivatives:
 def _of_user(function: Any, name: str) -> Elementwise:
     """A function of float64 arrays, for arrays of any precision."""
 
-    def call(z: Array) -> Array:
-        values = np.asarray(function(z.astype(np.float64, copy=False)))
+    def call(z: Any) -> Any:
+        values = function(z.astype(np.float64, copy=False)) if isinstance(z, np.ndarray) else on_device(z)
+        if isinstance(z, np.ndarray):
+            values = np.asarray(values)
         if values.shape != z.shape:
             raise ValueError(f"activation {name!r} must return an array of the shape it was given")
         return values.astype(z.dtype, copy=False)
+
+    def on_device(z: Any) -> Any:
+        try:
+            values = function(z.astype(np.float64, copy=False))
+        except Exception as error:
+            raise TypeError(_HOST_ONLY.format(name=name, reason=f"{type(error).__name__}: {error}")) from error
+        if type(values) is not type(z):
+            raise TypeError(_HOST_ONLY.format(name=name, reason=f"it returned {type(values).__name__}"))
+        return values
 
     return call
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ntkfast._contract import Factor
 from ntkfast._derivatives import Derivatives
+from ntkfast._products import times
 from ntkfast._windows import Layout
 
 Array = NDArray[Any]
@@ -53,7 +54,7 @@ class Head:
 
 
 def _preactivation(step: Step, scaled: Array) -> Array:
-    z: Array = scaled @ step.W.T
+    z: Array = times(scaled, step.W, transposed=True)
     if step.beta is not None:
         z += step.bias * step.beta
     return z
@@ -63,7 +64,7 @@ def _combine(step: Step, x: Array, h: Array) -> Array:
     """x' from the branch h = branch s(z)."""
     new = h
     if step.V is not None:
-        new = h @ step.V.T
+        new = times(h, step.V, transposed=True)
         if step.outer_beta is not None:
             new += step.outer_bias * step.outer_beta
         new *= step.outer
@@ -87,7 +88,7 @@ def outputs(steps: tuple[Step, ...], head: Head, layout: Layout, x: Array) -> Ar
     for step in steps:
         z = _preactivation(step, _seen(step, layout, x))
         x = _combine(step, x, step.branch * step.activation.value(z))
-    f: Array = (layout.pool(x) @ head.a.reshape(-1)) * head.weight
+    f: Array = times(layout.pool(x), head.a.reshape(1, -1), transposed=True)[:, 0] * head.weight
     return f if head.beta is None else f + head.bias * head.beta
 
 
@@ -138,11 +139,11 @@ def fill_factors(
             inner = step.outer * g
             if outer is not None:
                 outer[...] = inner
-            inner = inner @ step.V
+            inner = times(inner, step.V)
         np.multiply(slope, inner, out=slope)
         if k == lowest:
             return
-        back = slope @ step.W
+        back = times(slope, step.W)
         if step.weight != 1.0:
             back *= step.weight
         back = layout.scatter(back)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ntkfast._arrays import available_memory
-from ntkfast._contract import Factor, contraction, fill, weight_gradients
+from ntkfast._contract import Factor, contraction, in_tiles, sample_tiles
+from ntkfast._cuda.gram import Backend
+from ntkfast._products import weight_gradients
 from ntkfast.convolution import ConvNetwork
-from ntkfast.finite import FiniteNetwork, init
+from ntkfast.finite import FiniteNetwork, here, init
 from ntkfast.gram import gram, layer_grams
-from ntkfast.jacobian import result_array
+from ntkfast.jacobian import allocate, fill
 from ntkfast.network import Network
 
 Array = NDArray[Any]
@@ -59,8 +62,10 @@ class _Kept:
         """Of checked samples; some at a time where gradients are made of the factors."""
         if not any(self.gradients):
             return self.network.factors(x)
-        n, dtype = len(x), self.network.dtype
-        made = [Factor(np.empty((n * p, a), dtype), np.ones((n * p, d), dtype), p) for p, a, d in self.shapes]
+        n = len(x)
+        made = [
+            Factor(np.empty_like(x, shape=(n * p, a)), np.ones_like(x, shape=(n * p, d)), p) for p, a, d in self.shapes
+        ]
         step = max(1, _BATCH // self.network.bytes_per_sample)
         for start in range(0, n, step):
             part = slice(start, min(start + step, n))
@@ -73,27 +78,16 @@ class _Kept:
         return made
 
 
-def memory_budget(memory: int | None) -> int:
+def memory_budget(memory: int | None, gpu: Backend | None = None) -> int:
     """Bytes of factors kept at once."""
+    if memory is None and gpu is not None:
+        return gpu.free_bytes() // 2
     if memory is None:
         free = available_memory()
         return KEPT if free is None else min(KEPT, free // 4)
     if isinstance(memory, bool) or not isinstance(memory, (int, np.integer)) or memory < 1:
         raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
     return int(memory)
-
-
-def sample_tiles(n: int, m: int | None, bytes_per_sample: int, memory: int) -> list[slice] | None:
-    """Rows of X whose factors are kept at once; ``None`` if those of all samples are.
-
-    The rule of :func:`empirical_ntk`: everything is kept if it fits in ``memory``. Otherwise each tile of rows is kept
-    while those of the columns are made again beside it, and each of the two has half of the memory.
-    """
-    if (n + (m or 0)) * bytes_per_sample <= memory:
-        return None
-    side = max(1, memory // (2 * bytes_per_sample))
-    count = -(-n // side)
-    return [slice(n * k // count, n * (k + 1) // count) for k in range(count)]
 
 
 def empirical_ntk(
@@ -107,13 +101,15 @@ def empirical_ntk(
     network : FiniteNetwork
         From :func:`init`. (For a ``torch.nn.Module``: :func:`ntkfast.torch.empirical_ntk`.)
     X, Y : array, shape (n, d) and (m, d), or images (n, *grid, channels) and (m, *grid, channels)
-        Of the network's dtype. ``Y=None`` means X: half the work, an exactly symmetric result.
+        Of the network's dtype, on its device or in host memory. ``Y=None`` means X: half the work, an exactly symmetric
+        result.
     per_layer : bool
         One matrix per trained weight matrix, as :func:`layer_grams`, instead of their sum.
     out : array, optional
         Where the result goes, e.g. a ``numpy.memmap``.
     memory : int, optional
-        Bytes for layer inputs and output gradients; 2 GiB, or a quarter of what is free, unless given. If those of all
+        Bytes for layer inputs and output gradients; 2 GiB, or a quarter of what is free, unless given (on a GPU half of
+        what is free). If those of all
         samples fit they are computed once. Otherwise tiles of samples with half of it each: the tile of rows is kept
         while the tiles of columns are computed again beside it, which costs about width / (samples of a tile) times
         the work of the products. Of a convolution with many positions and few weights, the weight gradients of the
@@ -148,54 +144,37 @@ def empirical_ntk(
     if not isinstance(network, FiniteNetwork):
         raise TypeError(f"network must be a FiniteNetwork from init(...), got {type(network).__name__}; "
                         "for PyTorch modules there is ntkfast.torch.empirical_ntk")  # fmt: skip
-    x, wrap = network.points(X, "X", data_format)
-    y = None if Y is None else network.points(Y, "Y", data_format)[0]
-    budget = memory_budget(memory)
-    layers, n, m = len(network.net.slices), len(x), None if y is None else len(y)
-    shape = (n, n if m is None else m)
-    inputs = [x] if y is None else [x, y]
-    result = result_array(out, (layers, *shape) if per_layer else shape, network.dtype, inputs)
+    gpu = network.backend(X=X, Y=Y)
+    with here(gpu):
+        x, wrap = network.points(X, "X", data_format, gpu)
+        y = None if Y is None else network.points(Y, "Y", data_format, gpu)[0]
+        n, m = len(x), None if y is None else len(y)
+        shape = (n, n if m is None else m)
+        whole = (len(network.net.slices), *shape) if per_layer else shape
+        result = allocate(gpu, out, whole, network.dtype, [x] if y is None else [x, y])
+        _fill(network, gpu, result, x, y, memory_budget(memory, gpu), per_layer=per_layer, progress=progress)
+        return wrap(result) if out is None else out
+
+
+def _fill(
+    network: FiniteNetwork, gpu: Backend | None, result: Any, x: Array, y: Array | None, budget: int, *,
+    per_layer: bool, progress: bool,
+) -> None:  # fmt: skip
+    """The kernel from factors that are kept, or made tile by tile."""
+    n, m = len(x), None if y is None else len(y)
     kept = _Kept.of(network, n, m)
     size = kept.bytes_per_sample
     rows = sample_tiles(n, m, size, budget)
-    if layers == 0:
+    if not network.net.slices:
         result[...] = 0
     elif rows is None:
         right = None if y is None else kept.factors(y)
-        fill(result, kept.factors(x), right, per_layer=per_layer, progress=progress)
+        fill(gpu, result, kept.factors(x), right, per_layer=per_layer, progress=progress)
     else:
         cols = None if m is None else sample_tiles(m, n, size, budget)
         other = x if y is None else y
-        in_tiles(lambda part, left: kept.factors((x if left else other)[part]), result, rows, cols,
+        in_tiles(partial(fill, gpu), lambda part, left: kept.factors((x if left else other)[part]), result, rows, cols,
                  per_layer=per_layer, progress=progress)  # fmt: skip
-    return result if out is not None else wrap(result)
-
-
-def in_tiles(
-    make: Callable[[slice, bool], list[Factor]], out: Any, rows: list[slice], cols: list[slice] | None, *,
-    per_layer: bool, progress: Any,
-) -> None:  # fmt: skip
-    """Tile by tile with the factors of one tile of rows and one of columns at a time.
-
-    make(part, left) are those of some rows of X, or of Y if not ``left``; cols None means symmetric.
-    """
-    for i, row in enumerate(rows):
-        left = make(row, True)
-        for j, col in enumerate(rows if cols is None else cols):
-            if cols is None and j < i:
-                continue
-            same = cols is None and i == j
-            right = None if same else make(col, cols is None)
-            direct = isinstance(out, np.ndarray)
-            shape = (*out.shape[:-2], row.stop - row.start, col.stop - col.start)
-            to = out[..., row, col] if direct else np.empty(shape, left[0].inputs.dtype)
-            fill(to, left, right, per_layer=per_layer, progress=progress)
-            if not direct:
-                out[..., row, col] = to
-            if cols is None and not same:
-                out[..., col, row] = np.swapaxes(to, -1, -2)
-            right = None  # before the next ones are made
-        left = []
 
 
 @dataclass(frozen=True)
@@ -248,8 +227,9 @@ def _infinite(net: Network | ConvNetwork, X: Array) -> tuple[Array, Array]:
 
 
 def check_against_network(
-    net: Network | ConvNetwork, X: Any, width: int | Iterable[int], seeds: int | Iterable[Any] = 5
-) -> WidthCheck:
+    net: Network | ConvNetwork, X: Any, width: int | Iterable[int], seeds: int | Iterable[Any] = 5, *,
+    device: Any = None,
+) -> WidthCheck:  # fmt: skip
     """Sample finite networks and report how far their tangent kernels are from those of infinite width.
 
     Parameters
@@ -259,6 +239,8 @@ def check_against_network(
     width : int or several
     seeds : int or several
         Number of networks per width, or their seeds.
+    device : None, "cpu" or a CUDA device
+        Of the finite networks; X is in host memory.
 
     Returns
     -------
@@ -290,7 +272,9 @@ def check_against_network(
     wanted, slices = _infinite(net, X)
     total, layers, bias = [], [], []
     for m in widths:
-        grams = [empirical_ntk(init(net, X.shape[1:], m, seed=seed), X, per_layer=True) for seed in chosen]
+        grams = [
+            empirical_ntk(init(net, X.shape[1:], m, seed=seed, device=device), X, per_layer=True) for seed in chosen
+        ]
         total.append([_gap(g.sum(axis=0), wanted) for g in grams])
         layers.append([[_gap(g[h], own) for h, own in enumerate(slices)] for g in grams])
         bias.append(_gap(np.mean(grams, axis=0).sum(axis=0), wanted))

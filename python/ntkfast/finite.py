@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ntkfast._arrays import as_numpy, check_memory, result_dtype
 from ntkfast._contract import Factor
+from ntkfast._cuda.device import Place, find_place
+from ntkfast._cuda.gram import Backend
 from ntkfast._derivatives import derivatives
 from ntkfast._passes import Head, Step, fill_factors, outputs
+from ntkfast._products import on_host
 from ntkfast._windows import Layout, Points, Windows
 from ntkfast.convolution import ConvNetwork
 from ntkfast.jacobian import LayerFactors
@@ -24,21 +28,35 @@ Array = NDArray[Any]
 
 #: Bytes of the arrays of one batch of samples on their way through the network.
 _BATCH = 32 << 20
+#: The same on a GPU: products of a few thousand rows fill it. Not measured.
+_DEVICE_BATCH = 256 << 20
 
 
 class _Sampler:
     """Standard normal arrays, the same in both precisions."""
 
-    def __init__(self, seed: Any, dtype: np.dtype[Any]) -> None:
+    def __init__(self, seed: Any, dtype: np.dtype[Any], gpu: Backend | None) -> None:
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer, np.random.Generator)):
             raise TypeError(f"seed must be an integer or a numpy.random.Generator, got {type(seed).__name__}")
-        self.rng, self.dtype = np.random.default_rng(seed), dtype
+        self.rng, self.dtype, self.gpu = np.random.default_rng(seed), dtype, gpu
 
-    def normal(self, *shape: int, scale: float = 1.0) -> Array:
+    def normal(self, *shape: int, scale: float = 1.0) -> Any:
         values = self.rng.standard_normal(shape)
         if scale != 1.0:
             values *= scale
-        return values.astype(self.dtype, copy=False)
+        return self.place(values.astype(self.dtype, copy=False))
+
+    def place(self, values: Array) -> Any:
+        """Weights where the network is."""
+        if self.gpu is None:
+            return values
+        with self.gpu.here() as gpu:
+            return gpu.upload(values)
+
+
+def here(gpu: Backend | None) -> AbstractContextManager[Any]:
+    """The device and the stream of a call on a GPU; nothing on the CPU."""
+    return nullcontext() if gpu is None else gpu.here()
 
 
 def _step(layer: Layer, fan_in: int, m: int, draw: _Sampler, *, last: bool) -> Step:
@@ -117,7 +135,8 @@ def init(
     seed : int or numpy.random.Generator
         The weights are the same in both precisions, up to rounding.
     dtype : float32 or float64
-    device : None or "cpu"
+    device : None, "cpu", "cuda" or "cuda:1"
+        Where the weights are, and everything is computed. They are drawn on the CPU: the same numbers on every device.
 
     Returns
     -------
@@ -128,6 +147,8 @@ def init(
     ------
     TypeError, ValueError
         Not a network, shape, width or seed out of range, an activation without derivative.
+    RuntimeError
+        ``device`` is a GPU and CuPy, the driver or the GPU is missing.
     OutOfMemoryError
         The weights do not fit in memory.
 
@@ -152,18 +173,22 @@ def init(
     """
     if not isinstance(net, (Network, ConvNetwork)):
         raise TypeError(f"net must be a Network or ConvNetwork (resnet, conv_net, ...), got {type(net).__name__}")
-    if device not in (None, "cpu"):
-        raise ValueError(f"device={device!r}: finite networks are computed on the CPU only; use device=None or 'cpu'")
+    host = np.empty(0)
+    place = find_place(device, ("the weights", host))
+    if place is not None and len(place.devices) > 1:
+        raise ValueError(f"device={device!r}: a finite network is on one device")
+    gpu = None if place is None else Backend(place, host)
     wanted = result_dtype("float64" if dtype is None else dtype)
     layout, m = _layout(net, input_shape), _count("width", width)
     _check_activations(net)
-    draw = _Sampler(seed, wanted)
+    draw = _Sampler(seed, wanted, gpu)
     layers: list[Layer] = list(net.layers)
     if getattr(layers[0], "skip", 0.0):
         layers.insert(0, Linear(trained=False))
     outer = sum(isinstance(layer, Bottleneck) for layer in layers)
     inner = layout.slots * (layout.features + m * (len(layers) - 1))
-    check_memory(m * (inner + m * outer) * wanted.itemsize, f"the network of width {m}")
+    check = check_memory if gpu is None else gpu.check_memory
+    check(m * (inner + m * outer) * wanted.itemsize, f"the network of width {m}")
     averaged = 1 / math.sqrt(layout.slots) if isinstance(net, ConvNetwork) and net.average else 1.0
     steps: list[Step] = []
     for k, layer in enumerate(layers):
@@ -171,13 +196,15 @@ def init(
         step = _step(layer, layout.slots * features, m, draw, last=k == len(layers) - 1)
         steps.append(replace(step, weight=step.weight * averaged))
     head = _head(net, layout.readout_shape(len(steps[-1].W)), draw)
-    return FiniteNetwork(net, tuple(steps), head, m, layout)
+    if gpu is not None:
+        gpu.synchronize()  # the weights may be used on any stream
+    return FiniteNetwork(net, tuple(steps), head, m, layout, None if place is None else place.devices[0])
 
 
 def _head(net: Network | ConvNetwork, shape: tuple[int, ...], draw: _Sampler) -> Head:
     ro = net.readout
     if ro.centred:
-        return Head(np.resize(np.array([1.0, -1.0], dtype=draw.dtype), shape), None, 1.0, 0.0, False)
+        return Head(draw.place(np.resize(np.array([1.0, -1.0], dtype=draw.dtype), shape)), None, 1.0, 0.0, False)
     a = draw.normal(*shape)
     beta = draw.normal(1) if ro.bias_variance else None
     return Head(a, beta, math.sqrt(ro.weight_variance), math.sqrt(ro.bias_variance), ro.trained)
@@ -192,6 +219,9 @@ class FiniteNetwork:
         The description it was made from.
     width : int
     dtype : numpy.dtype
+    device : str
+        ``"cpu"``, or ``"cuda:0"``: then weights are CuPy's arrays, and points may be on that device, with results
+        there, or in host memory.
     weights : list of arrays
         From the input to the output: every layer's W (fan_out, fan_in), its bias, V, its bias; the readout and its
         bias. Biases of variance 0 are left out. Change entries in place to change the network. In a convolutional
@@ -209,11 +239,13 @@ class FiniteNetwork:
     """
 
     def __init__(
-        self, net: Network | ConvNetwork, steps: tuple[Step, ...], head: Head, width: int, layout: Layout
-    ) -> None:
+        self, net: Network | ConvNetwork, steps: tuple[Step, ...], head: Head, width: int, layout: Layout,
+        index: int | None = None,
+    ) -> None:  # fmt: skip
         self.net, self.width = net, width
         self._steps, self._head, self._layout = steps, head, layout
         self.dtype = head.a.dtype
+        self._index, self.device = index, "cpu" if index is None else f"cuda:{index}"
         # Kernels of the +-1 readout are divided by m: its gradients by sqrt m.
         self._unit = 1 / math.sqrt(width) if net.readout.centred else 1.0
 
@@ -224,7 +256,19 @@ class FiniteNetwork:
         return [w for step in self._steps for w in step.arrays] + tail
 
     def __repr__(self) -> str:
-        return f"FiniteNetwork({self.net!r}, width={self.width}, {self.dtype})"
+        place = "" if self._index is None else f", {self.device}"
+        return f"FiniteNetwork({self.net!r}, width={self.width}, {self.dtype}{place})"
+
+    def backend(self, **points: Any) -> Backend | None:
+        """The GPU of the network, for points that are there or in host memory; None for the CPU."""
+        named = [(name, x) for name, x in points.items() if x is not None]
+        place = find_place(None, *named)
+        if place is not None and place.devices != (self._index,):
+            raise ValueError(f"{named[0][0]} is on cuda:{place.devices[0]} and the network is on {self.device}; "
+                             f"move {named[0][0]}, or make the network there: init(..., device=)")  # fmt: skip
+        if self._index is None:
+            return None
+        return Backend(Place((self._index,), place is not None), named[0][1])
 
     def outputs(self, X: Any, *, data_format: str = "channels_last") -> Any:
         """f(x) for the rows of X, (n, d), or images (n, *grid, channels): array (n,), of the kind and dtype of X.
@@ -236,11 +280,13 @@ class FiniteNetwork:
         TypeError, ValueError
             Another dtype than the network's, wrong shape, entries not finite.
         """
-        x, wrap = self.points(X, "X", data_format)
-        out = np.empty(len(x), dtype=self.dtype)
-        for part in self._batches(len(x)):
-            out[part] = outputs(self._steps, self._head, self._layout, self._layout.rows(x[part]))
-        return wrap(out)
+        gpu = self.backend(X=X)
+        with here(gpu):
+            x, wrap = self.points(X, "X", data_format, gpu)
+            out = np.empty_like(x, shape=(len(x),))
+            for part in self._batches(len(x)):
+                out[part] = outputs(self._steps, self._head, self._layout, self._layout.rows(x[part]))
+            return wrap(out)
 
     def jacobian_factors(self, X: Any, *, data_format: str = "channels_last") -> list[LayerFactors]:
         """Layer inputs and output gradients for X, (n, d), or images (n, *grid, channels), for :func:`jacobian_gram`.
@@ -254,25 +300,36 @@ class FiniteNetwork:
         ------
         The errors of :meth:`outputs`; OutOfMemoryError if the factors do not fit in memory.
         """
-        x, wrap = self.points(X, "X", data_format)
-        check_memory(len(x) * self.bytes_per_sample, f"the factors of {len(x)} samples")
-        made = self.factors(x)
-        hidden = len(made) - self._head.trained if isinstance(self._layout, Windows) else 0
-        pairs = [f.blocks if k < hidden else (f.inputs, f.deltas) for k, f in enumerate(made)]
-        return [LayerFactors(wrap(a), wrap(d)) for a, d in pairs]
+        gpu = self.backend(X=X)
+        with here(gpu):
+            x, wrap = self.points(X, "X", data_format, gpu)
+            there = gpu is not None and gpu.resident
+            check = gpu.check_memory if gpu is not None and there else check_memory
+            check(len(x) * self.bytes_per_sample, f"the factors of {len(x)} samples")
+            made = self.factors(x) if gpu is None or there else self._factors_on_host(x, gpu)
+            hidden = len(made) - self._head.trained if isinstance(self._layout, Windows) else 0
+            pairs = [f.blocks if k < hidden else (f.inputs, f.deltas) for k, f in enumerate(made)]
+            return [LayerFactors(wrap(a), wrap(d)) for a, d in pairs]
 
-    def points(self, X: Any, name: str, data_format: str = "channels_last") -> tuple[Array, Any]:
-        """Checked samples, features last, and the way back to their kind."""
-        x, wrap = as_numpy(X, name)
+    def points(
+        self, X: Any, name: str, data_format: str = "channels_last", gpu: Backend | None = None
+    ) -> tuple[Array, Any]:  # fmt: skip
+        """Checked samples, features last, where the network is, and the way back to their kind."""
+        resident = gpu is not None and gpu.resident
+        x, wrap = gpu.view(X, name) if gpu is not None and resident else as_numpy(X, name)
         x = self._layout.check(x, name, data_format)
         if x.dtype.kind == "f" and result_dtype(None, (name, x)) != self.dtype:
             raise TypeError(f"{name} is {x.dtype} and the network is {self.dtype}; convert {name} or give init(dtype=)")
         result_dtype(None, (name, x))
-        x = np.asarray(x, dtype=self.dtype)
+        x = x.astype(self.dtype, copy=False)
         finite = np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
         if not finite.all():
-            raise ValueError(f"{name} must be finite: row {int(np.flatnonzero(~finite)[0])} holds NaN or infinity")
-        return x, wrap
+            bad = finite if on_host(finite) else finite.get()
+            raise ValueError(f"{name} must be finite: row {int(np.flatnonzero(~bad)[0])} holds NaN or infinity")
+        if gpu is None or resident:
+            return x, wrap
+        with gpu.here() as one:
+            return one.upload(x), lambda result: wrap(result if on_host(result) else result.get())
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
@@ -298,17 +355,32 @@ class FiniteNetwork:
         p = self._layout.positions
         # what a layer sees, the gradient of that, and four arrays of its results
         columns = max(2 * step.W.shape[1] + 4 * len(step.W) for step in self._steps)
-        size = max(-(-16 // p), _BATCH // (p * columns * self.dtype.itemsize))
+        most = _BATCH if self._index is None else _DEVICE_BATCH
+        size = max(-(-16 // p), most // (p * columns * self.dtype.itemsize))
         for start in range(0, n, size):
             yield slice(start, min(start + size, n))
 
     def factors(self, x: Array) -> list[Factor]:
-        """The factors of checked samples, as rows."""
+        """The factors of checked samples, as rows, where the samples are."""
         made = [
-            Factor(np.empty((len(x) * p, a), self.dtype), np.empty((len(x) * p, d), self.dtype), p)
+            Factor(np.empty_like(x, shape=(len(x) * p, a)), np.empty_like(x, shape=(len(x) * p, d)), p)
             for p, a, d in self.shapes
         ]
         for part in self._batches(len(x)):
             rows = self._layout.rows(x[part])
             fill_factors(self._steps, self._head, self._layout, rows, [f.part(part) for f in made], self._unit)
+        return made
+
+    def _factors_on_host(self, x: Any, gpu: Backend) -> list[Factor]:
+        """The factors of samples on the device in host memory, some at a time."""
+        made = [
+            Factor(np.empty((len(x) * p, a), self.dtype), np.empty((len(x) * p, d), self.dtype), p)
+            for p, a, d in self.shapes
+        ]
+        step = max(1, gpu.free_bytes() // max(1, 4 * self.bytes_per_sample))
+        for start in range(0, len(x), step):
+            part = slice(start, min(start + step, len(x)))
+            for whole, factor in zip(made, self.factors(x[part]), strict=True):
+                to, found = whole.part(part), (factor.inputs, factor.deltas)
+                to.inputs[...], to.deltas[...] = (cast(Any, a).get() for a in found)
         return made

@@ -8,17 +8,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkfast import _core
+from ntkfast._cuda.device import index_of
 from ntkfast._passes import Step
+from ntkfast._products import add_products, combine, on_host, squared, times
 from ntkfast.convolution import ConvNetwork
-from ntkfast.finite import FiniteNetwork
-from ntkfast.jacobian import result_array
+from ntkfast.finite import FiniteNetwork, here
+from ntkfast.jacobian import allocate
 from ntkfast.layers import Dense, Residual
 
 Array = NDArray[Any]
 
 #: Bytes of the tangents of all samples along a block of gradients.
 _BLOCK = 48 << 20
+#: The same on a GPU, if it has four times that: a product of a block should fill it. Not measured.
+_DEVICE_BLOCK = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,12 @@ def _check(network: Any) -> None:
             raise ValueError(f"third_order_kernel needs a smooth activation; {layer.activation!r}: {why}")
 
 
-def _products(x: Array) -> Array:
-    """x x^T, exactly symmetric."""
-    result: Array = x @ x.T
-    _core.mirror(result, result)
-    return result
-
-
 def _layers(network: FiniteNetwork, x: Array) -> tuple[list[_Layer], Array]:
     """Everything about single samples, and the last x."""
     forward: list[tuple[Step, Array, Array, Array]] = []
     for step in network._steps:
         W = step.W if step.weight == 1.0 else step.weight * step.W
-        z = x @ W.T
+        z = times(x, W, transposed=True)
         forward.append((step, W, x, z))
         h = step.branch * step.activation.value(z)
         x = h + step.skip * x if step.skip else h
@@ -81,69 +77,46 @@ def _layers(network: FiniteNetwork, x: Array) -> tuple[list[_Layer], Array]:
         assert second is not None
         slope = step.branch * first(z)
         delta, curve = slope * g, step.branch * second(z) * g
-        made.append(_Layer(W, step.weight**2 * step.trained, step.skip, before, slope, curve, delta, _products(before),
-                           _products(delta)))  # fmt: skip
-        back = delta @ W
+        made.append(_Layer(W, step.weight**2 * step.trained, step.skip, before, slope, curve, delta, squared(before),
+                           squared(delta)))  # fmt: skip
+        back = times(delta, W)
         g = back + step.skip * g if step.skip else back
     return made[::-1], x
 
 
-def _apply(tangents: Array, matrix: Array) -> Array:
-    """tangents @ matrix as one product."""
-    flat: Array = tangents.reshape(-1, tangents.shape[-1]) @ matrix
-    return flat.reshape(*tangents.shape[:-1], -1)
-
-
-def _cross(tangents: Array, rows: Array, n: int) -> Array:
+def _cross(tangents: Array, rows: Array) -> Array:
     """<tangents[c, a], rows[b]>, (c, a, b)."""
-    return _apply(tangents, rows.T).reshape(-1, n, n)
-
-
-def _add(to: Array, left: Array, right: Array) -> None:
-    """to[c] += left[c] * right, for matrices of pairs."""
-    for c in range(len(to)):
-        _core.multiply_add(to[c], left[c], right)
-
-
-def _rank_one(c: Array, coefficients: Array) -> Array:
-    """coefficients[c, a] times the row c, (c, a, features)."""
-    result: Array = coefficients[:, :, None] * c[:, None, :]
-    return result
+    found: Array = times(tangents, rows, transposed=True)
+    return found
 
 
 def _block(layers: list[_Layer], last: Array, head: float, part: slice) -> Array:
     """Half of K3[a, b, c] for some c, (c, a, b): derivatives of the first factor of every product along g_c."""
-    n = len(last)
-    total = np.zeros((part.stop - part.start, n, n), dtype=last.dtype)
+    n, count = len(last), part.stop - part.start
+    total = np.zeros_like(last, shape=(count, n, n))
     zs, xs = [], []  # z' and x' before every layer
     xt: Array | None = None  # x' of the input is 0
     for l in layers:
         xs.append(xt)
-        zt = _rank_one(l.delta[part], l.w * l.xx[part])
-        if xt is not None:
-            zt += _apply(xt, l.W.T)
+        zt = None if xt is None else times(xt, l.W, transposed=True)
+        zt = combine(zt, None, zt, 1.0, None, l.w * l.xx[part], l.delta[part])
         zs.append(zt)
-        new = l.slope * zt
-        if l.k and xt is not None:
-            new += l.k * xt
-        xt = new
+        xt = combine(None, l.slope, zt, l.k, xt if l.k else None)
     assert xt is not None
     # The readout is trained with weight variance `head`: f = sqrt(head) a . x, so a' = sqrt(head) x_c.
     if head:
-        total += head * _cross(xt, last, n)
-    gt = np.broadcast_to((head * last[part])[:, None, :], xt.shape)
+        total += head * _cross(xt, last)
+    gt = combine(None, None, None, 1.0, None, np.full_like(last, head, shape=(count, n)), last[part])
     for l, zt, before in zip(reversed(layers), reversed(zs), reversed(xs), strict=True):
-        dt = l.curve * zt
-        dt += l.slope * gt
+        dt = combine(zt, l.curve, zt, l.slope, gt)
         if l.w:
-            _add(total, _cross(dt, l.delta, n), l.w * l.xx)
+            add_products(total, _cross(dt, l.delta), l.w * l.xx)
             if before is not None:
-                _add(total, _cross(before, l.x, n), l.w * l.dd)
+                add_products(total, _cross(before, l.x), l.w * l.dd)
         if before is None:
             break
-        back = _apply(dt, l.W)
-        back += _rank_one(l.x[part], l.w * l.dd[part])
-        gt = back + l.k * gt if l.k else back
+        back = times(dt, l.W)
+        gt = combine(back, None, back, l.k, gt if l.k else None, l.w * l.dd[part], l.x[part])
     return total
 
 
@@ -159,6 +132,7 @@ def third_order_kernel(network: FiniteNetwork, X: Any, *, out: Any = None) -> An
     network : FiniteNetwork
         Of :func:`fully_connected` or :func:`resnet` (Dense and Residual layers) without biases, activations smooth.
     X : array, shape (n, d)
+        On the device of the network, or in host memory.
     out : array, optional
         Where the result goes; anything with slice assignment.
 
@@ -190,17 +164,20 @@ def third_order_kernel(network: FiniteNetwork, X: Any, *, out: Any = None) -> An
     ((4, 4, 4), True)
     """
     _check(network)
-    x, wrap = network.points(X, "X")
-    n = len(x)
-    result = result_array(out, (n, n, n), network.dtype, [x])
-    layers, last = _layers(network, x)
-    head = network._head.weight**2 * network._head.trained
-    width = max(max(l.W.shape) for l in layers)
-    # z' and x' of every layer, and a few arrays on the way, per gradient
-    size = (2 * len(layers) + 6) * n * width * x.itemsize + 4 * n * n * x.itemsize
-    step = max(1, _BLOCK // size)
-    for start in range(0, n, step):
-        part = slice(start, min(start + step, n))
-        half = _block(layers, last, head, part)
-        result[:, :, part] = np.moveaxis(half + np.swapaxes(half, 1, 2), 0, 2)
-    return result if out is not None else wrap(result)
+    gpu = network.backend(X=X)
+    with here(gpu):
+        x, wrap = network.points(X, "X", gpu=gpu)
+        n = len(x)
+        result = allocate(gpu, out, (n, n, n), network.dtype, [x])
+        layers, last = _layers(network, x)
+        head = network._head.weight**2 * network._head.trained
+        width = max(max(l.W.shape) for l in layers)
+        # z' and x' of every layer, and a few arrays on the way, per gradient
+        size = (2 * len(layers) + 6) * n * width * x.itemsize + 4 * n * n * x.itemsize
+        step = max(1, (_BLOCK if gpu is None else min(_DEVICE_BLOCK, gpu.free_bytes() // 4)) // size)
+        for start in range(0, n, step):
+            part = slice(start, min(start + step, n))
+            half = _block(layers, last, head, part)
+            both: Any = (half + half.swapaxes(1, 2)).transpose(1, 2, 0)
+            result[:, :, part] = both if on_host(both) or index_of(result) is not None else both.get()
+        return wrap(result) if out is None else out

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ntkfast._arrays import check_memory
-from ntkfast._contract import contraction
-from ntkfast.empirical import memory_budget, sample_tiles
+from ntkfast._contract import contraction, sample_tiles
+from ntkfast._cuda import CudaUnavailable, load_cupy
+from ntkfast.empirical import memory_budget
 from ntkfast.jacobian import LayerFactors, jacobian_gram
 
 try:
@@ -20,7 +21,7 @@ try:
 except ImportError as _error:
     raise ImportError('ntkfast.torch needs PyTorch: pip install "ntkfast[torch]"') from _error
 
-#: Largest tile of a CUDA device's products in entries.
+#: Largest tile of the products of other devices in entries.
 _ENTRIES = 1 << 24
 
 
@@ -306,13 +307,15 @@ def empirical_ntk(module: Any, x: Any, *, output: Any = "sum", memory: int | Non
     output : "sum", int, "trace" or "full"
         Of the sum of the outputs; of one of them; the sum of the kernels of all of them (their trace); or all pairs.
     memory : int, optional
-        Bytes for factors, as in :func:`ntkfast.empirical_ntk`: beyond them samples are taken in tiles.
+        Bytes for factors, as in :func:`ntkfast.empirical_ntk`: beyond them samples are taken in tiles. On a CUDA
+        device a quarter of what is free there unless given.
 
     Returns
     -------
     tensor, (n, n); for "full" (n C, n C), rows (sample, output) with the output fastest
-        On the device of ``x``. CPU tensors go through the kernels of :func:`ntkfast.jacobian_gram`, others through
-        PyTorch's own products, tile by tile.
+        On the device of ``x``, which nothing leaves. CPU tensors, and CUDA tensors where CuPy is installed (extra
+        ``cuda13`` or ``cuda12``), go through the kernels of :func:`ntkfast.jacobian_gram`, others through PyTorch's own
+        products, tile by tile.
 
     Raises
     ------
@@ -329,6 +332,8 @@ def empirical_ntk(module: Any, x: Any, *, output: Any = "sum", memory: int | Non
     """
     wanted = None if output in ("trace", "full") else output
     budget = memory_budget(memory)
+    if memory is None and isinstance(x, torch.Tensor) and x.device.type == "cuda":
+        budget = torch.cuda.mem_get_info(x.device)[0] // 4
     n = len(x) if isinstance(x, torch.Tensor) and x.ndim else 1
     one = _factors(module, x[:1] if isinstance(x, torch.Tensor) and x.ndim else x, wanted)
     tensors = [*one.inputs, *(d for row in one.deltas for d in row)]
@@ -361,13 +366,24 @@ def _fill_blocks(
 
 
 def _gram(factors: list[LayerFactors], other: list[LayerFactors] | None) -> Any:
-    if factors[0].inputs.device.type == "cpu":
+    if _has_kernels(factors[0].inputs.device.type):
         return jacobian_gram(factors, other)
     return _device_gram(factors, factors if other is None else other)
 
 
+def _has_kernels(device: str) -> bool:
+    """True if :func:`ntkfast.jacobian_gram` takes tensors of such a device: CUDA's only where CuPy is installed."""
+    if device != "cuda":
+        return bool(device == "cpu")
+    try:
+        load_cupy()
+    except CudaUnavailable:
+        return False
+    return True
+
+
 def _device_gram(factors: list[LayerFactors], other: list[LayerFactors]) -> Any:
-    """(n, m) by PyTorch's products, in tiles."""
+    """(n, m) by PyTorch's products, in tiles, for devices without kernels of ours."""
     first = factors[0].inputs
     n, m = len(first), len(other[0].inputs)
     K = torch.zeros((n, m), dtype=first.dtype, device=first.device)

@@ -4,7 +4,7 @@
     cupy.launched, cupy.most_used   (names of kernels, bytes of each device)
 
 It has what ntkfast._cuda uses (the list is in ntkfast/_cuda/device.py) and nothing more, and it is as unkind as CUDA
-may be:
+may be (with a seed, threads of a kernel and the work of several streams run in random orders):
   - work waits in its stream until somebody waits for that stream: results read too early are NaN, buffers used again
     too early hold the wrong numbers (lazy=False is the other extreme: every piece of work is done at once);
   - new memory is NaN (0xff); more of it than the device has is an OutOfMemoryError;
@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import random
 import threading
 import types
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import simulate
 from fake_device import Event, Memory, Stream, gemm
+from fake_math import Arithmetic, Functions, erf
 
 #: kDLCUDA of DLPack
 CUDA = 2
@@ -61,7 +63,7 @@ class Foreign:
 # Arrays
 
 
-class Ndarray:
+class Ndarray(Arithmetic):
     """cupy.ndarray: a view of device memory."""
 
     __module__ = "cupy"
@@ -88,7 +90,7 @@ class Ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
 
     def _view(self, host):
-        assert host.base is not None
+        assert host.base is not None or host is self._host
         return Ndarray(self._owner, self._memory, host)
 
     def __getitem__(self, index):
@@ -103,8 +105,10 @@ class Ndarray:
 
     def reshape(self, *shape):
         view = self._host.reshape(*shape)
-        assert np.shares_memory(view, self._host) or not view.size, "this reshape is a copy"
-        return self._view(view)
+        if np.shares_memory(view, self._host) or not view.size:
+            return self._view(view)
+        copy = self.copy()  # NumPy's was made before the work that is waiting
+        return copy._view(copy._host.reshape(*shape))
 
     def fill(self, value):
         self[...] = value
@@ -162,7 +166,8 @@ class Kernel:
             if value.size != 1:
                 raise TypeError("You are trying to pass a numpy.ndarray as a kernel parameter: only of size one")
             return value.copy() if value.dtype.fields else value.reshape(())[()]
-        if value is None or isinstance(value, (bool, int, float, np.generic)):
+        assert value is not None, "CuPy hands over a missing argument for None, no null pointer"
+        if isinstance(value, (bool, int, float, np.generic)):
             return value
         raise TypeError(f"Unsupported type {type(value)}")
 
@@ -199,7 +204,7 @@ def _library(path):
 # The module
 
 
-class FakeCupy(types.ModuleType):
+class FakeCupy(Functions, types.ModuleType):
     """Takes the place of the module cupy."""
 
     float32, float64, int32, int64 = np.float32, np.float64, np.int32, np.int64
@@ -216,6 +221,7 @@ class FakeCupy(types.ModuleType):
         self.used, self.most_used = [0] * devices, [0] * devices
         self.math_modes = dict.fromkeys((1000 + k for k in range(devices)), 0)
         self.launched = []
+        self.random, self.interleaving = random.Random(seed) if seed else None, False
         self._local, self.lock = threading.local(), threading.RLock()
         self._null = Stream(self, ptr=0)
         self.cuda = self._make_cuda(devices)
@@ -226,6 +232,19 @@ class FakeCupy(types.ModuleType):
         if not hasattr(self._local, "streams"):
             self._local.streams, self._local.devices = [self._null], [0]
         return self._local.streams
+
+    def interleave(self, stream):
+        """Streams run side by side: before a piece of work of one, a few of another (with a seed only)."""
+        if self.random is None or self.interleaving:
+            return
+        others = [s for s in self.streams.values() if s is not stream and s.waiting]
+        if others and self.random.random() < 0.5:
+            self.interleaving = True
+            try:
+                other = self.random.choice(others)
+                other.run_until(other.point[1] - other.waiting + min(other.waiting, self.random.randint(1, 3)))
+            finally:
+                self.interleaving = False
 
     @property
     def device(self):
@@ -291,7 +310,10 @@ class FakeCupy(types.ModuleType):
             setDevice=lambda k: Device(k).use(), deviceSynchronize=lambda: Device().synchronize(),
         )  # fmt: skip
         cublas = types.SimpleNamespace(
-            sgemm=functools.partial(gemm, self, np.float32), dgemm=functools.partial(gemm, self, np.float64),
+            sgemm=functools.partial(gemm, self, np.float32, False),
+            dgemm=functools.partial(gemm, self, np.float64, False),
+            sgemmStridedBatched=functools.partial(gemm, self, np.float32, True),
+            dgemmStridedBatched=functools.partial(gemm, self, np.float64, True),
             getMathMode=self.math_modes.__getitem__, setMathMode=self.math_modes.__setitem__,
             CUBLAS_OP_N=0, CUBLAS_OP_T=1,
         )  # fmt: skip
@@ -371,7 +393,10 @@ def install(monkeypatch, **settings):
     from ntkfast._cuda import compiler
 
     fake = FakeCupy(**settings)
-    monkeypatch.setitem(sys.modules, "cupy", fake)
+    special = types.ModuleType("cupyx.scipy.special")
+    special.erf = erf
+    for name, module in (("cupy", fake), ("cupyx.scipy.special", special)):
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(compiler, "find", lambda major: None)
     monkeypatch.setattr(compiler, "cubin_file", lambda name, *others: simulate.CSRC / "cuda" / f"{name}.cu")
     monkeypatch.setattr(compiler, "_load", functools.cache(compiler._load.__wrapped__))

@@ -37,11 +37,17 @@ class Stream:
     def run_until(self, count):
         with self._owner.lock:
             while self._done < count:
+                self._owner.interleave(self)
                 work, after = self._queue.popleft()
                 self._done += 1
                 for stream, point in after:
                     stream.run_until(point)
                 work()
+
+    @property
+    def waiting(self):
+        """Pieces of work that are not done."""
+        return self._given - self._done
 
     def synchronize(self):
         self.run_until(self._given)
@@ -118,20 +124,26 @@ def _tensor_core(x):
     return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def gemm(owner, dtype, handle, op_a, op_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
+def gemm(owner, dtype, stacked, handle, op_a, op_b, m, n, k, alpha, *operands):
+    """a, lda, b, ldb, beta, c, ldc; `stacked`: with distances of matrices behind lda, ldb, ldc, then their number."""
     assert handle == owner.handle(), "a handle of another device"
     assert {op_a, op_b} <= {0, 1}
+    if stacked:
+        a, lda, step_a, b, ldb, step_b, beta, c, ldc, step_c, count = operands
+    else:
+        (a, lda, b, ldb, beta, c, ldc), step_a, step_b, step_c, count = operands, 0, 0, 0, 1
     # the scalars are host memory, read when the call is made
     alpha, beta = (np.ctypeslib.as_array((ctypes.c_char * 8).from_address(p)).view(dtype)[0] for p in (alpha, beta))
-    low = dtype == np.float32 and owner.math_modes[handle] == 3
+    low, item = dtype == np.float32 and owner.math_modes[handle] == 3, np.dtype(dtype).itemsize
 
     def work():
-        left = _matrix(a, dtype, *((k, m) if op_a else (m, k)), lda)
-        right = _matrix(b, dtype, *((n, k) if op_b else (k, n)), ldb)
-        left, right = (x.T if op else x for x, op in ((left, op_a), (right, op_b)))
-        if low:
-            left, right = _tensor_core(np.array(left)), _tensor_core(np.array(right))
-        out = _matrix(c, dtype, m, n, ldc)
-        out[...] = alpha * (left @ right) + (beta * out if beta else 0)
+        for i in range(count):
+            left = _matrix(a + i * step_a * item, dtype, *((k, m) if op_a else (m, k)), lda)
+            right = _matrix(b + i * step_b * item, dtype, *((n, k) if op_b else (k, n)), ldb)
+            left, right = (x.T if op else x for x, op in ((left, op_a), (right, op_b)))
+            if low:
+                left, right = _tensor_core(np.array(left)), _tensor_core(np.array(right))
+            out = _matrix(c + i * step_c * item, dtype, m, n, ldc)
+            out[...] = alpha * (left @ right) + (beta * out if beta else 0)
 
     owner.give(work)

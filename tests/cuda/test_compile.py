@@ -23,6 +23,8 @@ FILES = sorted(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
 #: 128 each, three with 80. Upper bounds, not what one version of NVRTC gives; nothing may spill. Left to itself NVRTC
 #: 13 spills for sm_100 and sm_120 in order to hold more blocks: say how many are enough, __launch_bounds__(256, 2).
 REGISTERS = {
+    "combine_f32": 64,
+    "combine_f64": 64,
     "gram_dense_f32": 128,
     "gram_dense_f64": 128,
     "gram_general_f32": 128,
@@ -32,6 +34,10 @@ REGISTERS = {
     "layer_grams_f32": 128,
     "layer_grams_f64": 128,
     "layout": 32,
+    "multiply_add_f32": 64,
+    "multiply_add_f64": 64,
+    "multiply_sum_f32": 64,
+    "multiply_sum_f64": 64,
     "scale_f32": 40,
     "scale_f64": 40,
     "squares_f32": 56,

@@ -100,6 +100,8 @@ def test_arguments_of_kernels(cupy, tmp_path):
         add((1,), (6,), (out, X.ravel(), pair))
     with pytest.raises(TypeError, match="Unsupported"):
         add((1,), (6,), (out, [1.0], pair))
+    with pytest.raises(AssertionError, match="no null pointer"):
+        add((1,), (6,), (out, None, pair))
     with cupy.cuda.Device(1), pytest.raises(AssertionError, match="another device"):
         add((1,), (6,), (out, x, pair))
 
@@ -122,6 +124,49 @@ def test_products(cupy, dtype, rng):
     cublas.setMathMode(handle, 3)
     error = np.abs(product()[:, :5] - 2 * a @ b.T).max()
     assert (error > 100 * eps) == (dtype == np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_stacks_of_products(dtype, rng):
+    """Matrices side by side in one array, into every second one of another."""
+    cupy = fake_cupy.FakeCupy()
+    a, b = rng.normal(size=(3, 4, 5)).astype(dtype), rng.normal(size=(4, 3, 2)).astype(dtype)
+    x, y, out = cupy.asarray(a), cupy.asarray(b), cupy.empty((6, 5, 2), dtype)
+    gemm = getattr(cupy.cuda.cublas, f"{'s' if dtype == np.float32 else 'd'}gemmStridedBatched")
+    one, zero = np.ones(1, dtype), np.zeros(1, dtype)
+    gemm(cupy.cuda.get_cublas_handle(), 0, 1, 2, 5, 4, one.ctypes.data, y.data.ptr, 6, 2, x.data.ptr, 5, 20,
+         zero.ctypes.data, out.data.ptr, 2, 20, 3)  # fmt: skip
+    eps = np.finfo(dtype).eps
+    np.testing.assert_allclose(out.get()[::2], np.einsum("nij,ink->njk", a, b), rtol=0, atol=20 * eps)
+    assert np.isnan(out.get()[1::2]).all()
+
+
+def test_formulas_wait_for_their_stream(cupy):
+    x, other = cupy.asarray(X), cupy.cuda.Stream(non_blocking=True)
+    y = np.exp(2 * x[:, :1] - 1.0, out=cupy.empty((2, 1))) + np.where(x > 2, x, np.zeros_like(x))
+    y += np.broadcast_to(x[1], (2, 3)).sum(axis=0)
+    assert np.isnan(y.get(stream=other)).all()
+    wanted = np.exp(2 * X[:, :1] - 1) + np.where(X > 2, X, 0) + 2 * X[1]
+    np.testing.assert_array_equal(y.get(), wanted)
+    assert (x.astype(np.float32) * 0.5).dtype == np.float32
+    flat = x.swapaxes(0, 1).reshape(-1)  # a copy, as in CuPy
+    flat[0] = 9
+    np.testing.assert_array_equal(flat.get(), [9, 3, 1, 4, 2, 5])
+    assert bool(np.isfinite(x).all())
+
+
+def test_what_does_not_mix(cupy):
+    x = cupy.asarray(X)
+    with pytest.raises(TypeError, match="Unsupported type"):
+        x + X
+    with pytest.raises(TypeError, match="no counterpart"):
+        np.linalg.norm(x)
+    with pytest.raises(AssertionError, match="CUPY_TF32"):
+        x @ x.T
+    with pytest.raises(AssertionError, match="float16"):
+        np.where(x > 0, 1.0, 2.0)
+    with cupy.cuda.Device(1), pytest.raises(AssertionError, match="another device"):
+        x + x
 
 
 def test_dlpack_orders_the_streams(cupy):

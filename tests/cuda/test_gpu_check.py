@@ -25,16 +25,20 @@ def check():
     spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "benchmarks" / "gpu_check.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["gpu_check"] = module  # its dataclass looks itself up
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script there
     spec.loader.exec_module(module)
     yield module
-    del sys.modules["gpu_check"]
+    sys.path.remove(str(ROOT / "benchmarks"))
+    for name in ("gpu_check", "gpu_finite"):
+        del sys.modules[name]
 
 
 def test_dry_run(check, capsys):
     assert check.main(["--dry-run", "--n", "1000"]) == 0
     text = capsys.readouterr().out
     for part in (
-        "gram_dense, gram_general, gram_table, layer_grams",
+        "gram_dense, gram_general, gram_table, layer_grams, jacobian",
+        "finite networks: n = 500, d = 784, width 4096, depth 5",
         "n = 1000, d = 784",
         "resnet(10), float64, table",
         "fully_connected(10), float32, recursion",
@@ -66,7 +70,7 @@ def test_operations_of_the_layers(check):
 )
 def test_targets(check, value, verdict):
     report = {"cases": [], "baseline": [] if value is None else [{"over_ours": value}]}
-    assert [t["verdict"] for t in check.targets(report)] == ["not measured"] * 3 + [verdict]
+    assert [t["verdict"] for t in check.targets(report)] == ["not measured"] * 3 + [verdict, "not measured"]
 
 
 def test_targets_look_at_the_slowest_table(check):
@@ -107,7 +111,21 @@ def test_everything_but_tests_and_sanitizer(check, gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(check, "run_benchmarks", lambda *arguments: benchmarks(*arguments, baseline=False))
     assert (
         check.main(
-            ["--skip", "tests", "sanitizer", "--n", "80", "--d", "9", "--rounds", "3", "--folder", str(tmp_path)]
+            [
+                "--skip",
+                "tests",
+                "sanitizer",
+                "--n",
+                "80",
+                "--d",
+                "9",
+                "--width",
+                "24",
+                "--rounds",
+                "3",
+                "--folder",
+                str(tmp_path),
+            ]
         )
         == 0
     )
@@ -127,6 +145,14 @@ def test_everything_but_tests_and_sanitizer(check, gpu, tmp_path, monkeypatch):
     assert report["limits"]["float64"]["product"]["GFLOP/s"] == pytest.approx(2e-6 * 80 * 80 * 9 / 2.0)
     assert report["streaming"][0]["ms"] > 0
     assert report["targets"][3]["verdict"] == "not measured"
+    rows = report["finite"]["jacobian_gram"]
+    assert [(r["dtype"], r["n"], r["width"]) for r in rows] == [("float64", 64, 24), ("float32", 64, 24)]
+    assert rows[0]["epilogue"]["GB/s"] == pytest.approx(4e-6 * 64 * 64 * 8 / 2.0)
+    assert report["targets"][4] == {
+        "target": "jacobian_gram of two sets over the cuBLAS products of all layers, slower dtype",
+        "limit": "<= 1.15", "measured": 1.0, "verdict": "PASS",
+    }  # fmt: skip
+    assert all(r["third_order_kernel"]["ms"] == 2.0 for r in report["finite"]["third_order_kernel"])
 
 
 def test_a_case_on_another_path_is_an_error(check, gpu, monkeypatch):
@@ -135,6 +161,19 @@ def test_a_case_on_another_path_is_an_error(check, gpu, monkeypatch):
     with pytest.raises(RuntimeError, match="ran by gram_general, not by its table"):
         check.measure(gpu, case, 1, {"product": {"ms": 1.0}, "copy": {"GB/s": 1.0}})
     assert os.environ["NTKFAST_PATH"] == ""
+
+
+def test_wrong_finite_kernels_are_not_timed(check, gpu, monkeypatch):
+    one, sizes = check.gpu_gram.Gpu(0), (30, 5, 7, 2)
+    finite = check.gpu_finite
+    with monkeypatch.context() as patch:
+        patch.setattr(finite.nf, "jacobian_gram", lambda *a, **k: np.ones((30, 30)))
+        with pytest.raises(RuntimeError, match="not timed"):
+            finite.measure_gram(one, None, sizes, "float64", 1.0)
+    ones = iter([1.0, np.nan])
+    monkeypatch.setattr(finite.nf, "third_order_kernel", lambda *a, **k: np.full((2, 2, 2), next(ones)))
+    with pytest.raises(RuntimeError, match="not timed"):
+        finite.measure_third_order(one, None, 8, 5, 2, "float64")
 
 
 def test_a_wrong_answer_is_not_timed(check, gpu, tmp_path, monkeypatch):

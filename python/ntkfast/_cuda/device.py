@@ -4,20 +4,26 @@ The whole CuPy surface of the package, here and in compiler.py (tests/cuda/fake_
 is new is listed first):
 
     ndarray         shape, dtype, ndim, size, itemsize, nbytes, strides, len(), data.ptr, device.id;
-                    basic slicing (views), reshape of contiguous arrays, astype(dtype), __dlpack__, __dlpack_device__,
+                    basic slicing (views), astype(dtype), __dlpack__, __dlpack_device__,
                     get(stream=None, out=None, blocking=True)
     empty(shape, dtype), asarray(NumPy array) (a copy on the current device), ascontiguousarray(x), from_dlpack(x)
     cuda.Device(k)  context manager, .id; cuda.Device() is the current one
-    cuda.runtime    getDeviceCount(), memGetInfo() -> (free, total)
+    cuda.runtime    getDeviceCount(), memGetInfo() -> (free, total); get_default_memory_pool().free_bytes()
     cuda            get_current_stream(), Stream(non_blocking=True), ExternalStream(ptr): context managers,
-                    synchronize(); alloc_pinned_memory(bytes): has the buffer protocol; get_cublas_handle()
+                    synchronize(), record() -> event, wait_event(event); alloc_pinned_memory(bytes): has the buffer
+                    protocol; get_cublas_handle()
     cuda.cublas     sgemm, dgemm (handle, op_a, op_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc: addresses),
+                    sgemmStridedBatched, dgemmStridedBatched (a distance behind every ld, the number last),
                     getMathMode(handle), setMathMode(handle, mode)
     kernels         compiler.py: kernel(grid, block, args, shared_mem=bytes), args: device arrays and NumPy scalars
+    finite networks arithmetic of arrays and numbers, NumPy's functions on arrays: ufuncs with out=, where, empty_like,
+                    zeros_like, ones_like, full_like (with shape=), broadcast_to, moveaxis; assignment to slices;
+                    all, mean, swapaxes, transpose; reshape (a view, or a copy); cupyx.scipy.special.erf. Never ``@``
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,6 +125,12 @@ def as_cupy(x: Any, name: str) -> tuple[Any, Callable[[Any], Any]]:
     return view, getattr(module, "from_dlpack", lambda result: result)
 
 
+def erf(x: Any) -> Any:
+    """The error function of an array on the device."""
+    load_cupy()
+    return importlib.import_module("cupyx.scipy.special").erf(x)
+
+
 def stream_of(x: Any, index: int) -> Any:
     """The stream that work on x belongs to: torch's current one for its tensors, else CuPy's."""
     cupy = load_cupy()
@@ -152,20 +164,37 @@ class Gpu:
         return self.cupy.cuda.Stream(non_blocking=True)
 
     def free_bytes(self) -> int:
-        return int(self.cupy.cuda.runtime.memGetInfo()[0])
+        """What can be allocated: free, or held by CuPy for the next who asks."""
+        return int(self.cupy.cuda.runtime.memGetInfo()[0]) + int(self.cupy.get_default_memory_pool().free_bytes())
 
-    def product(self, x: Any, y: Any, out: Any) -> None:
-        """out = x y^T by cuBLAS, (n, d) and (m, d) to (n, m), rows contiguous; float32 without TF32."""
+    def product(self, x: Any, y: Any, out: Any, accumulate: bool = False) -> None:
+        """out (+)= x y^T by cuBLAS, (n, d) and (m, d) to (n, m), rows contiguous."""
+        self.multiply(x, y, out, transposed=(False, True), accumulate=accumulate)
+
+    def multiply(
+        self, x: Any, y: Any, out: Any, *, transposed: tuple[bool, bool] = (False, False), accumulate: bool = False
+    ) -> None:
+        """out (+)= x y by cuBLAS; matrices, or stacks of them of one length; rows contiguous.
+
+        ``transposed`` says of x and y whether they are stored as their transpose. float32 is true float32, never TF32:
+        cupy.matmul would follow the variable CUPY_TF32, these calls follow the mode of the handle, which is set here.
+        """
         cublas, handle = self.cupy.cuda.cublas, self.cupy.cuda.get_cublas_handle()
-        gemm = cublas.sgemm if x.dtype == np.float32 else cublas.dgemm
         one, zero = np.ones(1, x.dtype), np.zeros(1, x.dtype)
-        (n, d), m = x.shape, len(y)
+        (n, m), d = out.shape[-2:], x.shape[-2 if transposed[0] else -1]
+        # cuBLAS counts column by column: out^T = y^T x^T, and a matrix with contiguous rows is its transpose there.
+        name, sizes = "gemm", (int(transposed[1]), int(transposed[0]), m, n, d)
+        operands: list[tuple[int, ...]] = [(a.data.ptr, row_stride(a)) for a in (y, x, out)]
+        count: tuple[int, ...] = ()
+        if out.ndim == 3:
+            name, count = "gemmStridedBatched", (len(out),)
+            operands = [(a.data.ptr, row_stride(a[0]), int(a.strides[0]) // int(a.itemsize)) for a in (y, x, out)]
+        gemm = getattr(cublas, ("s" if x.dtype == np.float32 else "d") + name)
         mode = cublas.getMathMode(handle)
         cublas.setMathMode(handle, 0)  # CUBLAS_DEFAULT_MATH: no lower precision, whatever the user has set
         try:
-            # Column by column out is its transpose, y x^T: op 1 transposes, op 0 does not.
-            gemm(handle, 1, 0, m, n, d, one.ctypes.data, y.data.ptr, row_stride(y), x.data.ptr, row_stride(x),
-                 zero.ctypes.data, out.data.ptr, row_stride(out))  # fmt: skip
+            gemm(handle, *sizes, one.ctypes.data, *operands[0], *operands[1],
+                 (one if accumulate else zero).ctypes.data, *operands[2], *count)  # fmt: skip
         finally:
             cublas.setMathMode(handle, mode)
 

@@ -73,29 +73,48 @@ class Backend:
         return ", ".join(f"cuda:{gpu.index}" for gpu in self.gpus)
 
     @contextmanager
-    def _here(self) -> Iterator[Gpu]:
+    def here(self) -> Iterator[Gpu]:
         """The device and the stream of the user's arrays."""
         with self.gpus[0].device, self._stream:
             yield self.gpus[0]
 
+    def synchronize(self) -> None:
+        """Wait for what is queued on the stream of the user's arrays."""
+        with self.here():
+            self._stream.synchronize()
+
+    def free_bytes(self) -> int:
+        """Of the device that has least."""
+        found = []
+        for gpu in self.gpus:
+            with gpu.device:
+                found.append(gpu.free_bytes())
+        return min(found)
+
+    def check_memory(self, needed: int, what: str) -> None:
+        """Raise before allocating what cannot fit on the device."""
+        free = self.free_bytes()
+        if needed > free:
+            raise OutOfMemoryError(f"{what} needs {needed:,} bytes on {self.name}, {free:,} are available")
+
     def view(self, x: Any, name: str) -> tuple[Any, Callable[[Any], Any]]:
         """A CuPy view of a user's array on the device, and the way back (from CuPy or NumPy)."""
-        with self._here():
+        with self.here():
             view, back = as_cupy(x, name)
 
         def wrap(result: Any) -> Any:
-            with self._here() as gpu:
+            with self.here() as gpu:
                 return back(gpu.upload(result) if isinstance(result, np.ndarray) else result)
 
         return view, wrap
 
     def points(self, x: Any, name: str, dtype: np.dtype[Any]) -> Points:
         """as_points of ntkfast._arrays for a matrix on the device: checks, norms, a copy only if it is needed."""
-        with self._here() as gpu:
+        with self.here() as gpu:
             rows = x if x.dtype == dtype else x.astype(dtype)
             if not contiguous_rows(rows):
                 rows = gpu.cupy.ascontiguousarray(rows)
-            squares, largest = _norms(gpu, rows)
+            squares, largest = norms(gpu, rows)
             if not np.isfinite(largest).all():
                 bad = int(np.flatnonzero(~np.isfinite(largest))[0])
                 raise not_finite(name, bad, x[bad].get(), dtype)
@@ -103,12 +122,12 @@ class Backend:
             if exponent.any():
                 scaled = gpu.empty(rows.shape, dtype)
                 _by_rows(gpu, "scale", rows, gpu.upload(exponent), scaled)
-                rows, squares = scaled, _norms(gpu, scaled)[0]
+                rows, squares = scaled, norms(gpu, scaled)[0]
             return Points.of(rows, squares, exponent)
 
     def empty(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> list[Any]:
         """Results on the device."""
-        with self._here() as gpu:
+        with self.here() as gpu:
             try:
                 return [gpu.empty(shape, dtype) for shape in shapes]
             except MemoryError:
@@ -142,7 +161,13 @@ class Backend:
     def run(
         self, problem: Any, outs: Sequence[Any], outputs: Sequence[Output], slices: Slices | None, progress: Any
     ) -> None:
-        """Fill the results."""
+        """Fill the results of gram and layer_grams."""
+        self.fill(problem, outs, lambda gpu: Worker(gpu, problem, outputs, slices), progress, RESIDENT)
+
+    def fill(
+        self, problem: Any, outs: Sequence[Any], make: Callable[[Gpu], Any], progress: Any, resident_side: int
+    ) -> None:
+        """Fill results tile by tile: problem has shape, symmetric and dtype, make(gpu) is a worker (see Worker)."""
         n, m = problem.shape
         resident = index_of(outs[0]) is not None
         record = record_of(outs)
@@ -150,22 +175,38 @@ class Backend:
             todo = record.begin()
             side = record.side
         else:
-            side = min(RESIDENT, max(n, m)) if resident else _streamed_side(problem, outs)
+            side = min(resident_side, max(n, m)) if resident else _streamed_side(problem, outs)
             todo = list(tiles(n, m, problem.symmetric, side))
         with Progress(progress, sum(tile.entries for tile in todo)) as bar:
             if resident:
-                with self._here() as gpu:
-                    worker = Worker(gpu, problem, outputs, slices)
-                    products = gpu.empty((side, side), problem.dtype)
-                    for tile in todo:
-                        worker.into(tile, products, outs)
-                        bar.add(tile.entries)
+                with self.here() as gpu:
+                    _resident_tiles(gpu, make(gpu), self._stream, todo, side, outs, bar)
                 return
-            with self._here():
+            with self.here():
                 self._stream.synchronize()  # the rows may have been made on it
             share = _Share(todo, outs, bar)
-            jobs = [lambda gpu=gpu: _stream_tiles(gpu, problem, outputs, slices, share, side) for gpu in self.gpus]
+            jobs = [lambda gpu=gpu: _stream_tiles(gpu, make, problem, share, side) for gpu in self.gpus]
             _in_parallel(jobs, share)
+
+
+def _resident_tiles(
+    gpu: Gpu, worker: Any, stream: Any, todo: Sequence[Tile], side: int, outs: Sequence[Any], bar: Progress
+) -> None:
+    """Tiles of a result on the device, on the user's stream or on several of their own between its work."""
+    # All scratch belongs to the user's stream: it goes back to the pool behind everything that uses it.
+    scratch = [worker.scratch(side) for _ in range(min(worker.lanes, len(todo)))]
+    lanes = [gpu.stream() for _ in scratch] if len(scratch) > 1 else [stream]
+    if len(lanes) > 1:
+        ready = stream.record()
+        for lane in lanes:
+            lane.wait_event(ready)
+    for k, tile in enumerate(todo):
+        with lanes[k % len(lanes)]:
+            worker.into(tile, scratch[k % len(lanes)], outs)
+        bar.add(tile.entries)
+    if len(lanes) > 1:
+        for lane in lanes:
+            stream.wait_event(lane.record())
 
 
 def _by_rows(gpu: Gpu, kernel: str, rows: Any, *arrays: Any) -> None:
@@ -177,7 +218,7 @@ def _by_rows(gpu: Gpu, kernel: str, rows: Any, *arrays: Any) -> None:
     )
 
 
-def _norms(gpu: Gpu, rows: Any) -> tuple[Vector, Vector]:
+def norms(gpu: Gpu, rows: Any) -> tuple[Vector, Vector]:
     """Squared norms and largest entries of the rows, on the host."""
     squares, largest = gpu.empty((len(rows),), np.float64), gpu.empty((len(rows),), np.float64)
     _by_rows(gpu, "squares", rows, squares, largest)
@@ -206,7 +247,28 @@ def _streamed_side(problem: Any, outs: Sequence[Any]) -> int:
     return int(min(side, max(problem.shape)))
 
 
-class Worker:
+class TileWorker:
+    """What computes the tiles of a result on one GPU."""
+
+    lanes = 1  #: streams a result on the device is computed on
+    buffers = 2  #: tiles on their way to the host at a time
+
+    def scratch(self, side: int) -> Any:
+        """Memory for one tile at a time."""
+        raise NotImplementedError
+
+    def launch(self, tile: Tile, scratch: Any, views: Sequence[Any], mirrors: Sequence[Any]) -> None:
+        """Compute a tile on the current stream into `views`, its transpose into `mirrors` (or None)."""
+        raise NotImplementedError
+
+    def into(self, tile: Tile, scratch: Any, outs: Sequence[Any], **options: Any) -> None:
+        """Compute a tile into results on the device; options are those of a worker's own launch."""
+        views = [out[..., tile.rows, tile.cols] for out in outs]
+        mirrors = [out[..., tile.cols, tile.rows] if tile.mirrored else None for out in outs]
+        self.launch(tile, scratch, views, mirrors, **options)
+
+
+class Worker(TileWorker):
     """The arrays of one run on one GPU, and the launches of its tiles."""
 
     def __init__(self, gpu: Gpu, problem: Any, outputs: Sequence[Output], slices: Slices | None) -> None:
@@ -235,13 +297,14 @@ class Worker:
         if slices is not None:
             self.module = "layer_grams"
             self.slice_factors = {"fi": upload(slices.f), "fj": upload(slices.g)}
-            self._scratch(problem.shape)
+            self.buffers = 1  # the scratch of layer_grams belongs to one launch at a time
+            self._own_terms(problem.shape)
 
     def _side(self, points: Points) -> tuple[Any, Any, Any]:
         rows = points.rows if index_of(points.rows) is not None else self.gpu.upload(points.rows)
         return rows, self.gpu.upload(points.inverse), self.gpu.upload(points.norm)
 
-    def _scratch(self, shape: tuple[int, int]) -> None:
+    def _own_terms(self, shape: tuple[int, int]) -> None:
         """Own terms of the layers for every block of layer_grams that runs at a time."""
         prefix = 3 * layout.THREADS * max(1, self.plan.layers)
         suffix = 4 * layout.THREADS * max(1, self.plan.suffix_layers)
@@ -250,16 +313,14 @@ class Worker:
         self.blocks = blocks = max(1, min(_BLOCKS, _BUFFER // (8 * (prefix + suffix)), squares))
         self.own = self.gpu.empty((blocks, prefix), self.dtype), self.gpu.empty((blocks, suffix), np.float64)
 
-    def into(self, tile: Tile, products: Any, outs: Sequence[Any], multiply: bool = True) -> None:
-        """Compute a tile into results on the device; products (side, side) is scratch, or holds them (benchmarks)."""
-        views = [out[..., tile.rows, tile.cols] for out in outs]
-        mirrors = [out[..., tile.cols, tile.rows] if tile.mirrored else None for out in outs]
-        self.launch(tile, products, views, mirrors, multiply)
+    def scratch(self, side: int) -> Any:
+        """The products of a tile."""
+        return self.gpu.empty((side, side), self.dtype)
 
     def launch(
         self, tile: Tile, products: Any, views: Sequence[Any], mirrors: Sequence[Any], multiply: bool = True
     ) -> None:
-        """Products and epilogue of a tile, on the current stream."""
+        """Products and epilogue of a tile, on the current stream; without `multiply` products holds them already."""
         rows, cols = tile.rows.stop - tile.rows.start, tile.cols.stop - tile.cols.start
         if multiply:
             self.gpu.product(self.x[0][tile.rows], self.y[0][tile.cols], products[:rows, :cols])
@@ -369,19 +430,19 @@ def _in_parallel(jobs: Sequence[Callable[[], None]], share: _Share) -> None:
 class _Buffers:
     """A tile on its way to the host: its stream, its place on the device and its place in pinned memory."""
 
-    def __init__(self, gpu: Gpu, problem: Any, outs: Sequence[Any], side: int) -> None:
+    def __init__(self, gpu: Gpu, worker: TileWorker, problem: Any, outs: Sequence[Any], side: int) -> None:
         self.stream = gpu.stream()
         self.depths = [out.shape[0] if len(out.shape) == 3 else 0 for out in outs]
         dtype, sizes = problem.dtype, [max(1, depth) * side * side for depth in self.depths]
         copies = 2 if problem.symmetric else 1
         with self.stream:
-            self.products = gpu.empty((side, side), dtype)
+            self.scratch = worker.scratch(side)
             self.device = [[gpu.empty((size,), dtype) for _ in range(copies)] for size in sizes]
         self.host = [[gpu.pinned((size,), dtype) for _ in range(copies)] for size in sizes]
         self.tile: Tile | None = None
         self.parts: list[tuple[Array, Array | None]] = []
 
-    def start(self, worker: Worker, tile: Tile) -> None:
+    def start(self, worker: TileWorker, tile: Tile) -> None:
         """Launch a tile and its copy."""
         rows, cols = tile.rows.stop - tile.rows.start, tile.cols.stop - tile.cols.start
         shapes = [((rows, cols), (cols, rows)) if d == 0 else ((d, rows, cols), (d, cols, rows)) for d in self.depths]
@@ -390,7 +451,7 @@ class _Buffers:
         mirrors = [_shaped(d[1], s[1]) for d, s in zip(self.device, shapes, strict=True)] if both else list(views)
         self.tile, self.parts = tile, []
         with self.stream:
-            worker.launch(tile, self.products, views, mirrors if tile.mirrored else [None] * len(views))
+            worker.launch(tile, self.scratch, views, mirrors if tile.mirrored else [None] * len(views))
             for k, (view, mirror) in enumerate(zip(views, mirrors, strict=True)):
                 part = view.get(out=_shaped(self.host[k][0], view.shape), blocking=False)
                 copied = mirror.get(out=_shaped(self.host[k][1], mirror.shape), blocking=False) if both else None
@@ -409,17 +470,14 @@ def _shaped(flat: Any, shape: tuple[int, ...]) -> Any:
     return flat[: int(np.prod(shape))].reshape(shape)
 
 
-def _stream_tiles(
-    gpu: Gpu, problem: Any, outputs: Sequence[Output], slices: Slices | None, share: _Share, side: int
-) -> None:
+def _stream_tiles(gpu: Gpu, make: Callable[[Gpu], TileWorker], problem: Any, share: _Share, side: int) -> None:
     """Tiles one after the other until none is left."""
     with gpu.device:
         setup = gpu.stream()
         with setup:
-            worker = Worker(gpu, problem, outputs, slices)
+            worker = make(gpu)
         setup.synchronize()  # what it uploaded is used on other streams
-        # The scratch of layer_grams belongs to one launch at a time.
-        buffers = [_Buffers(gpu, problem, share.outs, side) for _ in range(1 if slices is not None else 2)]
+        buffers = [_Buffers(gpu, worker, problem, share.outs, side) for _ in range(worker.buffers)]
         try:
             turn = 0
             while (tile := share.next()) is not None:

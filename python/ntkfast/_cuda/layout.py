@@ -59,6 +59,8 @@ SHARED = {
     ("gram_dense", "f64"): 8456, ("gram_dense", "f32"): 8456, ("gram_general", "f64"): 15624,
     ("gram_general", "f32"): 15624, ("gram_table", "f64"): 15032, ("gram_table", "f32"): 11560,
     ("layer_grams", "f64"): 15624, ("layer_grams", "f32"): 15624,
+    ("multiply_add", "f64"): 8448, ("multiply_add", "f32"): 4224, ("multiply_sum", "f64"): 64,
+    ("multiply_sum", "f32"): 64,
 }  # fmt: skip
 
 
