@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkfast._arrays import check_matrix
-from ntkfast._conv import FORMATS
+from ntkfast._images import FORMATS
 from ntkfast.convolution import ConvNetwork
 
 Array = NDArray[Any]
