@@ -86,9 +86,14 @@ def numpy_calls(problem: Problem) -> dict[str, Callable[[], Any]]:
         return nf.jacobian_gram(factors, out=problem.out)
 
     def explicit() -> np.ndarray:
+        made = problem.network.jacobian_factors(problem.x)
         total = np.zeros_like(out)
-        for a, d in problem.network.jacobian_factors(problem.x):
-            gradients = (d[:, :, None] * a[:, None, :]).reshape(len(a), -1)
+        # One buffer for all layers: fresh gigabytes cost more than what is done with them.
+        room = np.empty(len(problem.x) * max(a.shape[1] * d.shape[1] for a, d in made), dtype=out.dtype)
+        for a, d in made:
+            shape = len(a), d.shape[1], a.shape[1]
+            gradients = np.multiply(d[:, :, None], a[:, None, :], out=room[: math.prod(shape)].reshape(shape))
+            gradients = gradients.reshape(len(a), -1)
             total += gradients @ gradients.T
         return total
 
@@ -160,7 +165,8 @@ def contest(
         "empirical_ntk": lambda: nf.empirical_ntk(problem.network, problem.x, out=problem.out),
         **numpy_calls(problem),
     }
-    for name, make in (("torch.func", torch_call), ("neural-tangents", neural_tangents_call)):
+    rivals = {"torch.func": torch_call} if wall else {}
+    for name, make in (rivals | {"neural-tangents": neural_tangents_call}).items():
         try:
             calls[name] = make(problem)
         except ImportError as error:
@@ -177,13 +183,19 @@ def contest(
         if not errors[name] <= limit:
             raise ArithmeticError(f"{name}, n = {n}, {dtype}: error {errors[name]:.1e}")
     times = _bench.interleave(calls, 3 if quick else (9 if n <= 512 else 4 if wall else 3), clock=clock)
-    if slow:  # gigabytes that come and go, and PyTorch's threads, would disturb the others
-        times |= _bench.interleave(slow, 1 if quick else 2)
+    # Gigabytes that come and go, and PyTorch's threads, would disturb the others.
+    times |= {name: np.array([_seconds(call) for _ in range(2)]) for name, call in slow.items()}
     about = {"n": n, "dtype": dtype, "clock": "wall" if wall else "CPU, one thread"}
     gigabytes = 1e-9 * n * problem.x.itemsize * sum(w.size for w in problem.network.weights)
     none = {"seconds": None, "rounds": 0, "over_ntkfast": None, "error": None,
             "skipped": f"not run: its Jacobian takes {gigabytes:.0f} GB"}  # fmt: skip
     return [_row(name, times, errors) | about for name in times] + [{"name": name} | none | about for name in skipped]
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _row(name: str, times: dict[str, Any], errors: dict[str, float]) -> dict[str, Any]:

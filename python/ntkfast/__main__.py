@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ntkfast
-from ntkfast import _conv, _core
+from ntkfast import _core
 from ntkfast._arrays import available_memory, check_matrix, result_dtype
 from ntkfast._cuda import CudaUnavailable, load_cupy
+from ntkfast._images import FORMATS, check_images
 from ntkfast._machine import blas, processor
 from ntkfast.activation import NAMES
 from ntkfast.convolution import PADDINGS, POOLINGS, ConvNetwork
@@ -150,7 +151,7 @@ def _load(path: Path, net: Network | ConvNetwork, data_format: str) -> Array:
         array.close()
         raise ValueError(f"{path} holds several arrays (.npz); save the one with the points by numpy.save")
     if isinstance(net, ConvNetwork):
-        _conv.check_images(array, str(path), data_format)
+        check_images(array, str(path), data_format)
     else:
         check_matrix(array, str(path))
     return array
@@ -268,7 +269,7 @@ def _add_gram(commands: Any) -> None:
     parser.add_argument(
         "--other", type=Path, metavar="FILE", help=".npy file of m other points: a rectangular Gram matrix"
     )
-    parser.add_argument("--data-format", choices=_conv.FORMATS, default=_conv.FORMATS[0], help="of images")
+    parser.add_argument("--data-format", choices=FORMATS, default=FORMATS[0], help="of images")
     parser.add_argument("--get", default="ntk", metavar="KERNEL[,KERNEL]",
                         help=f"{', '.join(KINDS)}; of several each goes to its own file, OUT_KERNEL.npy")  # fmt: skip
     parser.add_argument("--normalize", action="store_true", help="K_ij / sqrt(K_ii K_jj)")

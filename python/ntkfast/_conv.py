@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkfast import _core, _hermite
-from ntkfast._arrays import allocate, as_numpy, check_memory, not_finite, result_dtype
+from ntkfast._arrays import allocate, as_numpy, check_memory, result_dtype
+from ntkfast._images import Side, grid_first, prepared
 from ntkfast._plan import _HERMITE, _IDS, _STEP, _expanded, _suffix_row, _table
 from ntkfast._tiles import Progress, Tile, record_of
 from ntkfast.convolution import ConvNetwork
@@ -19,35 +20,12 @@ from ntkfast.convolution import ConvNetwork
 Array = NDArray[Any]
 Vector = NDArray[np.float64]
 
-FORMATS = ("channels_last", "channels_first")
 #: Seconds one call into the kernels should take at most.
 _CALL = 0.15
 #: Bytes of prepared images on each side of a tile.
 _SIDE_BYTES = 24 << 20
-#: Scales of images are powers of 2^_COARSE.
-_COARSE = 24
 #: Images of one side of a tile.
 _SIDE = 512
-
-
-def check_images(x: Array, name: str, data_format: str) -> None:
-    """One or two grid axes beside images and channels, not empty."""
-    if data_format not in FORMATS:
-        raise ValueError(f"data_format={data_format!r} is unknown; use one of {', '.join(FORMATS)}")
-    if x.ndim not in (3, 4):
-        order = "(n, *grid, channels)" if data_format == "channels_last" else "(n, channels, *grid)"
-        raise ValueError(f"{name} must have shape {order} with one or two grid axes, got {x.shape}")
-    if 0 in x.shape:
-        raise ValueError(f"{name} is empty: shape {x.shape}")
-
-
-def _grid_first(x: Array, name: str, data_format: str) -> tuple[Array, tuple[int, ...]]:
-    """(n, channels, height, width) view or copy, and the grid of the user (one or two axes)."""
-    check_images(x, name, data_format)
-    if data_format == "channels_last":
-        x = np.moveaxis(x, -1, 1)
-    grid = x.shape[2:]
-    return (x if x.ndim == 4 else x[:, :, None, :]), grid
 
 
 def fast_path(net: ConvNetwork) -> bool:
@@ -96,38 +74,6 @@ def _mix(net: ConvNetwork, kind: str, positions: int) -> Sums:
     return Sums(0.0, w, 0.0) if kind == "nngp" else Sums(0.0, 0.0, w)
 
 
-@dataclass
-class Side:
-    """Images (n, channels, height, width) ready for the kernels; image k stands for scale[k] times itself."""
-
-    images: Array
-    scale: Vector
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-
-def _side(x: Array, name: str, dtype: np.dtype[Any], *, scaled: bool) -> Side:
-    """One working copy. Scaled: by powers of two, so that nothing leaves the range of the dtype; a common power where
-    that will do, because positions at which two images are equal then stay equal."""
-    with np.errstate(over="ignore"):
-        images = np.array(x, dtype=dtype, order="C")
-    flat = images.reshape(len(images), -1)
-    largest = np.maximum(flat.max(axis=1), -flat.min(axis=1)).astype(np.float64)
-    if not np.isfinite(largest).all():
-        bad = int(np.flatnonzero(~np.isfinite(largest))[0])
-        raise not_finite(name, bad, np.asarray(x[bad]), dtype)
-    if not scaled:
-        return Side(images, np.ones(len(images)))
-    exponents = np.where(largest > 0, np.frexp(largest)[1], 0)
-    # Pixels are often 0 .. 1 or 0 .. 255: the grid of common exponents is coarse, and does not depend on other images.
-    common = np.round(exponents / _COARSE).astype(np.int64) * _COARSE
-    if common.any():
-        half = -common // 2
-        flat[...] = np.ldexp(np.ldexp(flat, half[:, None]), (-common - half)[:, None])
-    return Side(images, np.where(largest > 0, np.ldexp(1.0, common), 0.0))
-
-
 class Problem:
     """Checked inputs and compiled layers of one call."""
 
@@ -137,10 +83,10 @@ class Problem:
         if device is not None and device != "cpu":
             raise ValueError(f"device={device!r}: convolutional networks run on the CPU only so far; use device=None")
         x, self.wrap = as_numpy(X, "X")
-        x, grid = _grid_first(x, "X", data_format)
+        x, grid = grid_first(x, "X", data_format)
         y = None
         if Y is not None:
-            y, other = _grid_first(as_numpy(Y, "Y")[0], "Y", data_format)
+            y, other = grid_first(as_numpy(Y, "Y")[0], "Y", data_format)
             if other != grid:
                 raise ValueError(f"X has images of {grid} positions and Y of {other}")
             if x.shape[1] != y.shape[1]:
@@ -150,8 +96,8 @@ class Problem:
         self.fast = fast_path(net) and not own
         scaled = _scalable(net)
         check_memory(x.size * self.dtype.itemsize, "a working copy of X")
-        self.x = _side(x, "X", self.dtype, scaled=scaled)
-        self.y = self.x if y is None else _side(y, "Y", self.dtype, scaled=scaled)
+        self.x = prepared(x, "X", self.dtype, scaled=scaled)
+        self.y = self.x if y is None else prepared(y, "Y", self.dtype, scaled=scaled)
         self.height, self.width = self.x.images.shape[2:]
         self.positions = self.height * self.width
         self.pooled = net.pooling == "gap"

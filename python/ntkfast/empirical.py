@@ -220,17 +220,17 @@ class WidthCheck:
         return "\n".join(lines)
 
 
-def _infinite(net: Network | ConvNetwork, X: Array) -> tuple[Array, Array]:
+def _infinite(net: Network | ConvNetwork, X: Array, data_format: str) -> tuple[Array, Array]:
     """The tangent kernel, and its slices where :func:`layer_grams` has them."""
     if isinstance(net, ConvNetwork) and net.pooling == "gap":
-        return np.asarray(gram(net, X)), np.empty((0, len(X), len(X)))
-    slices = np.asarray(layer_grams(net, X))
+        return np.asarray(gram(net, X, data_format=data_format)), np.empty((0, len(X), len(X)))
+    slices = np.asarray(layer_grams(net, X, data_format=data_format))
     return slices.sum(axis=0), slices
 
 
 def check_against_network(
     net: Network | ConvNetwork, X: Any, width: int | Iterable[int], seeds: int | Iterable[Any] = 5, *,
-    device: Any = None,
+    device: Any = None, data_format: str = "channels_last",
 ) -> WidthCheck:  # fmt: skip
     """Sample finite networks and report how far their tangent kernels are from those of infinite width.
 
@@ -243,6 +243,8 @@ def check_against_network(
         Number of networks per width, or their seeds.
     device : None, "cpu" or a CUDA device
         Of the finite networks; X is in host memory.
+    data_format : "channels_last" or "channels_first"
+        Of images.
 
     Returns
     -------
@@ -271,7 +273,9 @@ def check_against_network(
     if not net.slices:
         raise ValueError("nothing is trained in this network: its tangent kernel is 0 at any width")
     X = np.asarray(X, dtype=np.float64)
-    wanted, slices = _infinite(net, X)
+    wanted, slices = _infinite(net, X, data_format)
+    if data_format == "channels_first":
+        X = np.moveaxis(X, 1, -1)
     total, layers, bias = [], [], []
     for m in widths:
         grams = [
