@@ -42,10 +42,10 @@ class Arithmetic(NDArrayOperatorsMixin):
     def transpose(self, *axes):
         return self._view(self._host.transpose(*axes))
 
-    def _reduced(self, name, axis):
+    def _reduced(self, name, axis, **options):
         shape = getattr(np.empty(self.shape, np.int8), name)(axis=axis).shape
-        dtype = np.dtype(bool) if name in ("all", "any") else self.dtype
-        return self._owner.later(shape, dtype, lambda x: getattr(x, name)(axis=axis), [self])
+        dtype = np.dtype(bool) if name in ("all", "any") else options.get("dtype") or self.dtype
+        return self._owner.later(shape, dtype, lambda x: getattr(x, name)(axis=axis, **options), [self])
 
     def all(self, axis=None):
         return self._reduced("all", axis)
@@ -56,8 +56,8 @@ class Arithmetic(NDArrayOperatorsMixin):
     def sum(self, axis=None):
         return self._reduced("sum", axis)
 
-    def mean(self, axis=None):
-        return self._reduced("mean", axis)
+    def mean(self, axis=None, dtype=None):
+        return self._reduced("mean", axis, dtype=dtype)
 
     def __bool__(self):
         return bool(self.get())
