@@ -168,15 +168,16 @@ Doubles pairs(const PlanHolder& plan, const Doubles& x, const Doubles& s, const 
     return out;
 }
 
-Doubles squares(const py::array& x) {
+// Squared norms and largest entries of rows, (n,) each.
+std::pair<Doubles, Doubles> squares(const py::array& x) {
     const Matrix m = matrix_of(x, false);
-    Doubles out(m.rows);
-    double* result = out.mutable_data();
+    Doubles out(m.rows), most(m.rows);
+    double *result = out.mutable_data(), *largest = most.mutable_data();
     const ntk::Kernels& k = ntk::kernels();
     py::gil_scoped_release release;
-    if (m.single) k.squares32(static_cast<const float*>(m.data), m.rows, m.cols, m.stride, result);
-    else k.squares64(static_cast<const double*>(m.data), m.rows, m.cols, m.stride, result);
-    return out;
+    if (m.single) k.squares32(static_cast<const float*>(m.data), m.rows, m.cols, m.stride, result, largest);
+    else k.squares64(static_cast<const double*>(m.data), m.rows, m.cols, m.stride, result, largest);
+    return {out, most};
 }
 
 const ntk::Products& products(const std::string& isa) {

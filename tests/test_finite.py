@@ -273,7 +273,7 @@ def test_the_check_notices_another_kernel(monkeypatch):
     """A kernel that is wrong by a half has a gap that does not fall with the width."""
     X = np.eye(3)
     right = nf.check_against_network(nf.fully_connected(2), X, [2000], seeds=3)
-    monkeypatch.setattr("ntkfast.empirical.layer_grams", lambda net, X: 1.5 * nf.layer_grams(net, X))
+    monkeypatch.setattr("ntkfast.empirical.layer_grams", lambda net, X, **_: 1.5 * nf.layer_grams(net, X))
     wrong = nf.check_against_network(nf.fully_connected(2), X, [2000], seeds=3)
     assert right.total.max() < 0.15 < 0.25 < wrong.total.min()
 

@@ -219,6 +219,17 @@ def test_wider_networks(name, dtype, rng):
     compare(build(name, "circular", "gap"), X, 40, bounds, dtype)
 
 
+def test_many_positions_in_float32(rng):
+    """The mean over thousands of positions does not lose digits."""
+    net, X = nf.conv_net(2, window=1, readout="gap"), rng.standard_normal((3, 5000, 4)).astype(np.float32)
+    single, double = (nf.init(net, (5000, 4), 8, seed=0, dtype=t) for t in (np.float32, np.float64))
+    for w, s in zip(double.weights, single.weights, strict=True):
+        w[...] = s
+    f, k = double.jacobian_factors(X.astype(float))[-1].inputs, nf.empirical_ntk(double, X.astype(float))
+    assert_close(single.jacobian_factors(X)[-1].inputs, f, np.abs(f), 2e-7)
+    assert_close(nf.empirical_ntk(single, X), k, k.max(), 2e-6)
+
+
 def test_batches_of_samples_change_nothing(rng, monkeypatch):
     X = rng.standard_normal((23, 3, 3, 2))
     for net in (mixed(), mixed(pooling="gap")):
@@ -443,8 +454,9 @@ def test_averages_converge_to_the_kernel(name, pooling, monkeypatch):
 def test_the_check_against_the_network():
     X = 0.7 * np.random.default_rng(4).standard_normal((3, 4, 5, 2))
     for pooling, names in (("flatten", ("1.W", "2.W", "readout")), ("gap", ())):
+        net = nf.conv_resnet(2, "erf", readout=pooling)
         with threadpool_limits(1):
-            check = nf.check_against_network(nf.conv_resnet(2, "erf", readout=pooling), X, [16, 256], seeds=6)
+            check = nf.check_against_network(net, X, [16, 256], seeds=6)
         assert check.names == names
         assert check.total.shape == (2, 6)
         assert check.layers.shape == (2, 6, len(names))
@@ -452,5 +464,7 @@ def test_the_check_against_the_network():
         assert check.total[1].max() < 0.3
         assert (check.layers[1].mean(axis=0) < 0.5 * check.layers[0].mean(axis=0)).all()
         assert len(str(check).splitlines()) == 3
+        first = nf.check_against_network(net, np.moveaxis(X, -1, 1), [16], seeds=6, data_format="channels_first")
+        assert_close(first.total, check.total[:1], 1.0, 1e-12)
     with pytest.raises(TypeError, match="ConvNetwork"):
         nf.check_against_network("conv_net", X, 4)

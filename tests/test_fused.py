@@ -135,10 +135,12 @@ def test_the_route_is_chosen_by_one_function(monkeypatch):
         nf.gram(nf.resnet(2), points(50, 3, 56))
         assert set(calls) == {route}
     monkeypatch.delenv("NTKFAST_GEMM")
-    for n, m, d, expected in ((64, 64, 128, "fused"), (64, 64, 129, "blas"), (1, 500, 3, "blas"), (50, 40, 7, "fused")):
-        calls.clear()
-        nf.gram(nf.resnet(2), points(n, d, 56), points(m, d, 57))
-        assert set(calls) == {expected}
+    for threads, n, m, longest in ((1, 64, 64, 1024), (1, 1, 500, 16), (2, 4, 5, 1024), (3, 500, 1, 256)):
+        monkeypatch.setattr(_core, "threads", lambda threads=threads: threads)
+        for d, expected in ((3, "fused"), (longest, "fused"), (longest + 1, "blas")):
+            calls.clear()
+            nf.gram(nf.resnet(2), points(n, d, 56), points(m, d, 57))
+            assert set(calls) == {expected}
     monkeypatch.setenv("NTKFAST_GEMM", "cublas")
     with pytest.raises(ValueError, match="use blas or fused"):
         nf.gram(nf.resnet(2), np.eye(3))

@@ -406,6 +406,7 @@ def test_out_of_memory_before_allocating(call, monkeypatch):
     def empty(*_, **__):
         raise AssertionError("allocated")
 
+    monkeypatch.setattr(_arrays, "_UNASKED", 0)
     monkeypatch.setattr(_arrays, "available_memory", lambda: 287)
     monkeypatch.setattr("numpy.empty", empty)
     bytes_needed = 288 if call is nf.gram else 4 * 288
@@ -415,10 +416,21 @@ def test_out_of_memory_before_allocating(call, monkeypatch):
 
 
 def test_enough_memory_to_the_byte(monkeypatch):
+    monkeypatch.setattr(_arrays, "_UNASKED", 0)
     monkeypatch.setattr(_arrays, "available_memory", lambda: 288)
     assert nf.gram(NET, X).shape == (6, 6)
     monkeypatch.setattr(_arrays, "available_memory", lambda: 0)
     assert nf.gram(NET, X, out=np.empty((6, 6))).shape == (6, 6)
+
+
+def test_small_results_do_not_ask_for_memory(monkeypatch):
+    def asked():
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(_arrays, "available_memory", asked)
+    assert nf.gram(NET, X).shape == (6, 6)
+    with pytest.raises(AssertionError, match="asked"):
+        nf.gram(NET, np.ones((200, 3)))
 
 
 def test_a_result_that_no_machine_holds():

@@ -11,6 +11,11 @@ constexpr int kRows = 32, kCols = 192, kBlock = kRows * kCols;
 constexpr int kPatch = 192;
 // Layers run over chunks of the block that stay in the L1 cache (three to five arrays of 512).
 constexpr int kChunk = 512;
+// To wake a second thread and to wait for it takes 20 us, but two ticks of the scheduler, 8 ms, where other threads want the
+// processors: those of a BLAS spin for 0.1 s after their last product. So work of fewer nanoseconds stays on one thread, and
+// so do numbers that take no longer to read.
+constexpr double kShort = 2e5;
+constexpr std::int64_t kAlone = 100000;
 
 // All arrays (kBlock,).
 template <class T>

@@ -5,27 +5,36 @@
 
 namespace ntk {
 
+// Squared norms and largest entries of rows, infinity for rows that are not finite; in one pass, of 16 partial sums.
 template <class T>
-static void squares(const T* x, std::int64_t n, std::int64_t d, std::int64_t stride, double* out) {
-#pragma omp parallel for
+static void squares(const T* x, std::int64_t n, std::int64_t d, std::int64_t stride, double* out, double* largest) {
+#pragma omp parallel for if (n * d > kAlone)
     for (std::int64_t i = 0; i < n; ++i) {
         const T* row = x + i * stride;
         double sum[16] = {}, low[16] = {};
-        auto fold = [&](const double* v) {
+        T most[16] = {}, wrong[16] = {};
+        auto fold = [&](const T* v) {
 #pragma omp simd
-            for (int k = 0; k < 16; ++k) add_square(sum[k], low[k], v[k]);
+            for (int k = 0; k < 16; ++k) {
+                const T a = abs_(v[k]);
+                most[k] = a > most[k] ? a : most[k];
+                wrong[k] += v[k] - v[k];  // 0 or NaN
+                add_square(sum[k], low[k], double(v[k]));
+            }
         };
-        double v[16];
         std::int64_t k = 0;
-        for (; k + 16 <= d; k += 16) {
-            for (int m = 0; m < 16; ++m) v[m] = double(row[k + m]);
-            fold(v);
+        for (; k + 16 <= d; k += 16) fold(row + k);
+        T rest[16];
+        for (int m = 0; m < 16; ++m) rest[m] = k + m < d ? row[k + m] : T(0);
+        fold(rest);
+        double total = 0.0, error = 0.0;
+        for (int m = 0; m < 16; ++m) {
+            add_twofold(total, error, sum[m], low[m]);
+            most[0] = most[m] > most[0] ? most[m] : most[0];
+            wrong[0] += m ? wrong[m] : T(0);
         }
-        for (int m = 0; m < 16; ++m) v[m] = k + m < d ? double(row[k + m]) : 0.0;
-        fold(v);
-        double total = 0.0, rest = 0.0;
-        for (int m = 0; m < 16; ++m) add_twofold(total, rest, sum[m], low[m]);
-        out[i] = total + rest;
+        out[i] = total + error;
+        largest[i] = wrong[0] == T(0) ? double(most[0]) : from_bits(0x7ff0000000000000LL);
     }
 }
 

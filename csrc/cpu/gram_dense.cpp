@@ -27,14 +27,19 @@ bool upper_only(const Tile& t) {
     return t.diagonal != INT64_MIN && (t.slices.data ? t.slices.mirror : t.outputs[0].mirror);
 }
 
+// Rough time of one pair beside its product, for threads_of: as in python/ntkfast/_table.py.
+double nanoseconds_of(const Plan& plan, const Tile& t) {
+    if (t.n_outputs && t.outputs[0].table) return 1.0;
+    return (t.slices.data ? 3.0 : 1.0) * (1.0 + plan.n_prefix + 7.0 * plan.n_suffix);
+}
+
 // False if memory ran out (of a thread: the others finish what they have).
 template <class T>
 bool tile(const Plan& plan, const Tile& t) {
     bool failed = false;
     const std::int64_t bands = (t.rows + kPatch - 1) / kPatch, columns = (t.cols + kCols - 1) / kCols;
     const bool upper = upper_only(t);
-    // Waking a second thread costs more than a few patches.
-#pragma omp parallel if (bands * columns > 4)
+#pragma omp parallel if (double(t.rows) * double(t.cols) * nanoseconds_of(plan, t) > kShort)
     {
         Worker<T> worker(plan, t.n_outputs, t.slices.data);
         if (!worker.ready()) {
@@ -135,8 +140,10 @@ bool fused_as(const Plan& plan, const FusedTile& f) {
     const Tile& t = f.tile;
     const Panels<T> x{f.x.n, f.x.d, static_cast<const T*>(f.x.panels)}, y{f.y.n, f.y.d, static_cast<const T*>(f.y.panels)};
     const bool upper = f.matmul.columns ? f.matmul.sums_j && t.diagonal != INT64_MIN : upper_only(t);
-    const Grid grid = grid_of<A>(t.rows, t.cols, upper && t.diagonal == 0 && t.rows == t.cols, most_threads());
-    return for_each_tile<A>(x.from(f.i0), y.from(f.j0), grid, 0, grid.count(),
+    const bool symmetric = upper && t.diagonal == 0 && t.rows == t.cols;
+    const int threads = threads_of(t.rows, t.cols, symmetric, t.dim, nanoseconds_of(plan, t), most_threads());
+    const Grid grid = grid_of<A>(t.rows, t.cols, symmetric, threads);
+    return for_each_tile<A>(x.from(f.i0), y.from(f.j0), grid, threads,
                             [&] { return FusedWork<A, T, Finish>(plan, f, upper); });
 }
 template <class A, class T>

@@ -136,9 +136,9 @@ struct Kernels {
     // out[k] = the compiled kernel of (x[k], s[k])
     void (*table64)(const Table<double>&, std::int64_t n, const double* x, const double* s, double* out);
     void (*table32)(const Table<float>&, std::int64_t n, const float* x, const float* s, float* out);
-    // out[i] = sum_k x[i,k]^2, each as if in twice the precision
-    void (*squares64)(const double* x, std::int64_t n, std::int64_t d, std::int64_t stride, double* out);
-    void (*squares32)(const float* x, std::int64_t n, std::int64_t d, std::int64_t stride, double* out);
+    // out[i] = sum_k x[i,k]^2, each as if in twice the precision; largest[i] = max_k |x[i,k]|, infinity if one is not finite
+    void (*squares64)(const double* x, std::int64_t n, std::int64_t d, std::int64_t stride, double* out, double* largest);
+    void (*squares32)(const float* x, std::int64_t n, std::int64_t d, std::int64_t stride, double* out, double* largest);
     // one layer of the row recursion, in place; q = Q_ii
     bool (*rows)(const GeneralLayer&, const HermiteTable*, std::int64_t n, double* var, double* mean, double* q);
     void (*scalar64)(int id, std::int64_t n, const double* x, double* out);

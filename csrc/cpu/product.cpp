@@ -41,10 +41,11 @@ bool product_as(const Product& p) {
     const Packed<T> x(static_cast<const T*>(p.x), p.n, p.d, p.stride);
     const Packed<T> y(static_cast<const T*>(p.y), p.symmetric ? 0 : p.m, p.d, p.y_stride);
     if (!x.panels.data || !y.panels.data) return false;
-    const Grid grid = grid_of<A>(p.n, p.m, p.symmetric, most_threads());
+    const int threads = threads_of(p.n, p.m, p.symmetric, p.d, 0.0, most_threads());
+    const Grid grid = grid_of<A>(p.n, p.m, p.symmetric, threads);
     const bool stream = double(p.n) * double(p.m) * sizeof(T) > kStreamBytes;
     T* out = static_cast<T*>(p.out);
-    return for_each_tile<A>(x.view(), p.symmetric ? x.view() : y.view(), grid, 0, grid.count(),
+    return for_each_tile<A>(x.view(), p.symmetric ? x.view() : y.view(), grid, threads,
                             [&] { return Write<A, T>{out, p.out_stride, p.symmetric, stream}; });
 }
 

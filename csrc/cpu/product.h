@@ -98,7 +98,7 @@ void pack_panel(const T* x, Index stride, Index rows, Index d, T* panel) {
 // Rows first .. last of x (n, stride) to their places among all panels.
 template <class T>
 void pack_rows(const T* x, Index n, Index d, Index stride, Index first, Index last, T* panels) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if ((last - first) * d > kAlone)
     for (Index i = first; i < last; i += kWide<T>) pack_panel(x + i * stride, stride, n - i, d, panels + i * d);
 }
 
@@ -245,6 +245,13 @@ struct Grid {
     __attribute__((always_inline)) inline Index count() const { return symmetric ? rows() * (rows() + 1) / 2 : rows() * cols(); }
 };
 
+// Threads of a grid whose pairs take so many nanoseconds beside their products: short work stays on one, see kAlone. The
+// products are counted at 100 operations a nanosecond, what one core reaches with AVX-512 in float64.
+NTK_INLINE int threads_of(Index n, Index m, bool symmetric, Index d, double nanoseconds, int most) {
+    const double pairs = double(n) * double(m) * (symmetric ? 0.5 : 1.0);
+    return pairs * (0.02 * double(d) + nanoseconds) > kShort ? most : 1;
+}
+
 // Equal sides of at most kSide; shorter ones until every one of several threads gets a few tiles.
 template <class A>
 Grid grid_of(Index n, Index m, bool symmetric, int threads) {
@@ -257,13 +264,13 @@ Grid grid_of(Index n, Index m, bool symmetric, int threads) {
     }
 }
 
-// work(tile) for the tiles first .. last of the grid, their products made, with one `work` of make() on every thread; false
-// if a thread had no memory.
+// work(tile) for all tiles of the grid, their products made, with one `work` of make() on every one of `threads`; false if a
+// thread had no memory.
 template <class A, class T, class Make>
-bool for_each_tile(const Panels<T>& a, const Panels<T>& b, const Grid& g, Index first, Index last, Make make) {
+bool for_each_tile(const Panels<T>& a, const Panels<T>& b, const Grid& g, int threads, Make make) {
     bool failed = false;
-    // Waking a second thread costs more than one tile.
-#pragma omp parallel if (last - first > 1)
+    const Index count = g.count();
+#pragma omp parallel num_threads(threads) if (threads > 1 && count > 1)
     {
         TileMemory<A, T> memory(smaller(g.side_i, g.n), smaller(g.side_j, g.m));
         A* c = memory.all.data;
@@ -273,7 +280,7 @@ bool for_each_tile(const Panels<T>& a, const Panels<T>& b, const Grid& g, Index 
             failed = true;
         }
 #pragma omp for schedule(dynamic)
-        for (Index at = first; at < last; ++at) {
+        for (Index at = 0; at < count; ++at) {
             if (!c || !work.ready()) continue;
             Index row = 0, rest = at, length = g.cols();
             while (rest >= length) rest -= length, ++row, length -= g.symmetric ? 1 : 0;

@@ -25,6 +25,10 @@ _SAFE = {np.dtype(np.float32): 30, np.dtype(np.float64): 400}
 _HOST = 1
 
 
+#: Results of so many bytes are made without asking the system for its memory, which takes longer than to fill them.
+_UNASKED = 1 << 18
+
+
 class OutOfMemoryError(MemoryError):
     """The result cannot fit in memory; the message names the bytes needed and available."""
 
@@ -133,7 +137,7 @@ def as_points(x: Array, name: str, dtype: np.dtype[Any]) -> Points:
         or rows.strides[0] < 0
     ):
         rows = np.ascontiguousarray(rows)
-    largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+    squares, largest = _core.squares(rows)
     if not np.isfinite(largest).all():
         bad = int(np.flatnonzero(~np.isfinite(largest))[0])
         raise not_finite(name, bad, x[bad], dtype)
@@ -142,7 +146,8 @@ def as_points(x: Array, name: str, dtype: np.dtype[Any]) -> Points:
         # In two steps: 2^-exponent itself may overflow.
         half = exponent // 2
         rows = np.ldexp(np.ldexp(rows, -half[:, None]), (half - exponent)[:, None])
-    return Points.of(rows, _core.squares(rows), exponent)
+        squares = _core.squares(rows)[0]
+    return Points.of(rows, squares, exponent)
 
 
 def not_finite(name: str, bad: int, row: Array, dtype: np.dtype[Any]) -> ValueError:
@@ -184,7 +189,7 @@ def available_memory() -> int | None:
 
 def check_memory(needed: int, what: str) -> None:
     """Raise before allocating what cannot fit."""
-    available = available_memory()
+    available = available_memory() if needed > _UNASKED else None
     if available is not None and needed > available:
         raise OutOfMemoryError(
             f"{what} needs {needed:,} bytes, {available:,} are available; pass out= with a numpy.memmap "

@@ -270,7 +270,7 @@ def in_tiles(
 def diagonal_of(factor: Factor) -> NDArray[np.float64]:
     """Squared norms of the weight gradients of every sample, (n,)."""
     if factor.positions == 1:
-        return _core.squares(factor.inputs) * _core.squares(factor.deltas)
+        return _core.squares(factor.inputs)[0] * _core.squares(factor.deltas)[0]
     n, p = len(factor), factor.positions
     fan_in, fan_out = factor.inputs.shape[1], factor.deltas.shape[1]
     item = factor.inputs.itemsize
@@ -285,5 +285,5 @@ def diagonal_of(factor: Factor) -> NDArray[np.float64]:
     for rows in cuts(slice(0, n), step):
         x = factor.part(rows)
         for ins, outs in parameter_slices(len(x), fan_in, fan_out, item):
-            result[rows] += _core.squares(_gradients(x, ins, outs))
+            result[rows] += _core.squares(_gradients(x, ins, outs))[0]
     return result

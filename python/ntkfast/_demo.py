@@ -37,7 +37,7 @@ CLOSE = 1e-3
 #: Entries smaller than this part of the largest one are compared on its scale.
 FLOOR = 0.1
 #: Between timings: threads of BLAS and OpenMP spin for a while after their last call, and the next should not pay.
-PAUSE = 0.03
+PAUSE = 0.12
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def _of_user(function: Any, name: str) -> Elementwise:
     def on_device(z: Any) -> Any:
         try:
             values = function(z.astype(np.float64, copy=False))
-        except Exception as error:
+        except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
             raise TypeError(_HOST_ONLY.format(name=name, reason=f"{type(error).__name__}: {error}")) from error
         if type(values) is not type(z):
             raise TypeError(_HOST_ONLY.format(name=name, reason=f"it returned {type(values).__name__}"))

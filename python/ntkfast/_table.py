@@ -37,7 +37,9 @@ class Costs:
     lookup: float  #: all of it, by a table
 
 
-CPU = Costs(1.0, 12.0, 1.0, 1.0)
+#: One core with AVX-512, 100 points: 10 layers of ReLU save 10.4 ns, 3 of erf 23, 5 of GELU 27. A table takes 3.1 to
+#: 3.6 ms (float32: 1.9 to 2.2) for up to 100 layers, 6 ms for 1000.
+CPU = Costs(1.0, 7.0, 1.0, 1.0)
 #: By operations, not measured. A layer is about 40 fused multiply-adds (csrc/math/layer.h), a look-up about as many
 #: loads from shared memory as 1.5 layers take; a GPU does all that a hundred times as fast as a CPU does its layers.
 GPU = Costs(0.01, 0.12, 0.01, 0.025)

@@ -28,7 +28,7 @@ Array = NDArray[Any]
 SIDE, LEAST = 2048, 1024
 #: Floating-point operations of one product call: half a second on one slow core.
 _PRODUCT = 2e10
-#: Largest side of a fused tile, and the floating-point operations a second its length is estimated by (one slow core).
+#: Largest side of a fused tile, and the floating-point operations a second its length is estimated by (a slow core).
 FUSED_SIDE, _FUSED_RATE = 4096, 2e10
 #: Operations of the products done before their epilogues: seconds, so that changing pools costs percents.
 _BATCH = 2e11
@@ -130,7 +130,8 @@ class Job:
 def fused_side(dim: int, nanoseconds: float) -> int:
     """Rows of a tile whose pairs take `nanoseconds` beside their inner products: a few tenths of a second."""
     side = FUSED_SIDE
-    while side > 128 and side * side * (2.0 * dim / _FUSED_RATE + 1e-9 * nanoseconds) > 2 * _CALL:
+    rate = _FUSED_RATE * _core.threads()
+    while side > 128 and side * side * (2.0 * dim / rate + 1e-9 * nanoseconds) > 2 * _CALL:
         side //= 2
     return side
 

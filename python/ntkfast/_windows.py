@@ -164,8 +164,9 @@ class Windows:
         """What the readout sees of every sample: the mean over its positions, or all of them."""
         if not self.pooled:
             return x.reshape(-1, self.positions * x.shape[1])
-        mean: Array = x.reshape(-1, self.positions, x.shape[1]).mean(axis=1)
-        return mean
+        # NumPy adds rows one after the other: in float32 a thousand of them would cost a digit.
+        mean: Array = x.reshape(-1, self.positions, x.shape[1]).mean(axis=1, dtype=np.float64)
+        return mean.astype(x.dtype, copy=False)
 
     def spread(self, a: Array, n: int) -> Array:
         """The gradient of <a, pool(x)> in the rows x of n samples."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ntkfast._arrays import available_memory
 from ntkfast._contract import Factor, contraction, in_tiles, sample_tiles
 from ntkfast._cuda.gram import Backend
-from ntkfast._products import weight_gradients
+from ntkfast._products import on_host, weight_gradients
 from ntkfast.convolution import ConvNetwork
 from ntkfast.finite import FiniteNetwork, here, init
 from ntkfast.gram import gram, layer_grams
@@ -25,6 +25,8 @@ Array = NDArray[Any]
 #: Bytes of the factors of samples whose weight gradients are kept: made and consumed in cache (40 images of 32x32,
 #: width 64, depth 3, float32, two cores: 8 MB 0.14 s, 16 MB and more 0.18 to 0.22 s).
 _BATCH = 8 << 20
+#: The same on a GPU. Not measured.
+_DEVICE_BATCH = 256 << 20
 #: Bytes of factors kept at once unless the caller says otherwise (less on machines with little memory free).
 KEPT = 2 << 30
 
@@ -66,7 +68,7 @@ class _Kept:
         made = [
             Factor(np.empty_like(x, shape=(n * p, a)), np.ones_like(x, shape=(n * p, d)), p) for p, a, d in self.shapes
         ]
-        step = max(1, _BATCH // self.network.bytes_per_sample)
+        step = max(1, (_BATCH if on_host(x) else _DEVICE_BATCH) // self.network.bytes_per_sample)
         for start in range(0, n, step):
             part = slice(start, min(start + step, n))
             for own, kept, factor in zip(self.gradients, made, self.network.factors(x[part]), strict=True):
@@ -218,17 +220,17 @@ class WidthCheck:
         return "\n".join(lines)
 
 
-def _infinite(net: Network | ConvNetwork, X: Array) -> tuple[Array, Array]:
+def _infinite(net: Network | ConvNetwork, X: Array, data_format: str) -> tuple[Array, Array]:
     """The tangent kernel, and its slices where :func:`layer_grams` has them."""
     if isinstance(net, ConvNetwork) and net.pooling == "gap":
-        return np.asarray(gram(net, X)), np.empty((0, len(X), len(X)))
-    slices = np.asarray(layer_grams(net, X))
+        return np.asarray(gram(net, X, data_format=data_format)), np.empty((0, len(X), len(X)))
+    slices = np.asarray(layer_grams(net, X, data_format=data_format))
     return slices.sum(axis=0), slices
 
 
 def check_against_network(
     net: Network | ConvNetwork, X: Any, width: int | Iterable[int], seeds: int | Iterable[Any] = 5, *,
-    device: Any = None,
+    device: Any = None, data_format: str = "channels_last",
 ) -> WidthCheck:  # fmt: skip
     """Sample finite networks and report how far their tangent kernels are from those of infinite width.
 
@@ -241,6 +243,8 @@ def check_against_network(
         Number of networks per width, or their seeds.
     device : None, "cpu" or a CUDA device
         Of the finite networks; X is in host memory.
+    data_format : "channels_last" or "channels_first"
+        Of images.
 
     Returns
     -------
@@ -269,7 +273,9 @@ def check_against_network(
     if not net.slices:
         raise ValueError("nothing is trained in this network: its tangent kernel is 0 at any width")
     X = np.asarray(X, dtype=np.float64)
-    wanted, slices = _infinite(net, X)
+    wanted, slices = _infinite(net, X, data_format)
+    if data_format == "channels_first":
+        X = np.moveaxis(X, 1, -1)
     total, layers, bias = [], [], []
     for m in widths:
         grams = [

@@ -321,7 +321,7 @@ class FiniteNetwork:
         if x.dtype.kind == "f" and result_dtype(None, (name, x)) != self.dtype:
             raise TypeError(f"{name} is {x.dtype} and the network is {self.dtype}; convert {name} or give init(dtype=)")
         result_dtype(None, (name, x))
-        x = x.astype(self.dtype, copy=False)
+        x = x.astype(self.dtype, order="C", copy=False)  # new arrays follow its order
         finite = np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
         if not finite.all():
             bad = finite if on_host(finite) else finite.get()

@@ -113,8 +113,9 @@ class Ndarray(Arithmetic):
     def fill(self, value):
         self[...] = value
 
-    def astype(self, dtype, copy=True):
-        return self if not copy and self.dtype == dtype else self._owner.copy_of(self, dtype)
+    def astype(self, dtype, order="K", copy=True):
+        same = self.dtype == dtype and (order == "K" or self.flags.c_contiguous)
+        return self if same and not copy else self._owner.copy_of(self, dtype)
 
     def copy(self):
         return self._owner.copy_of(self)
@@ -221,7 +222,7 @@ class FakeCupy(Functions, types.ModuleType):
         self.used, self.most_used = [0] * devices, [0] * devices
         self.math_modes = dict.fromkeys((1000 + k for k in range(devices)), 0)
         self.launched = []
-        self.random, self.interleaving = random.Random(seed) if seed else None, False
+        self.random, self.running = random.Random(seed) if seed else None, 0
         self._local, self.lock = threading.local(), threading.RLock()
         self._null = Stream(self, ptr=0)
         self.cuda = self._make_cuda(devices)
@@ -234,17 +235,14 @@ class FakeCupy(Functions, types.ModuleType):
         return self._local.streams
 
     def interleave(self, stream):
-        """Streams run side by side: before a piece of work of one, a few of another (with a seed only)."""
-        if self.random is None or self.interleaving:
-            return
+        """Streams run side by side: before a piece of work of one, perhaps a few of another (with a seed only)."""
+        if self.random is None or self.running or self.random.random() < 0.5:
+            return False
         others = [s for s in self.streams.values() if s is not stream and s.waiting]
-        if others and self.random.random() < 0.5:
-            self.interleaving = True
-            try:
-                other = self.random.choice(others)
-                other.run_until(other.point[1] - other.waiting + min(other.waiting, self.random.randint(1, 3)))
-            finally:
-                self.interleaving = False
+        if others:
+            other = self.random.choice(others)
+            other.run_until(other.point[1] - other.waiting + min(other.waiting, self.random.randint(1, 3)))
+        return bool(others)
 
     @property
     def device(self):

@@ -37,12 +37,17 @@ class Stream:
     def run_until(self, count):
         with self._owner.lock:
             while self._done < count:
-                self._owner.interleave(self)
+                if self._owner.interleave(self):
+                    continue
                 work, after = self._queue.popleft()
                 self._done += 1
-                for stream, point in after:
-                    stream.run_until(point)
-                work()
+                self._owner.running += 1
+                try:
+                    for stream, point in after:
+                        stream.run_until(point)
+                    work()
+                finally:
+                    self._owner.running -= 1
 
     @property
     def waiting(self):

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 #: functions that CuPy has besides ufuncs
-FUNCTIONS = {"broadcast_to", "empty_like", "full_like", "moveaxis", "ones_like", "where", "zeros_like"}
+FUNCTIONS = {
+    "broadcast_to", "empty_like", "full_like", "moveaxis", "ones_like", "sliding_window_view", "where", "zeros_like",
+}  # fmt: skip
 
 
 def _number(x):
@@ -102,11 +104,18 @@ class Functions:
     def broadcast_to(self, x, shape):
         return x._view(np.broadcast_to(x._host, shape))
 
+    def sliding_window_view(self, x, window_shape, axis=None):
+        return x._view(np.lib.stride_tricks.sliding_window_view(x._host, window_shape, axis))
+
     def moveaxis(self, x, source, target):
         return x._view(np.moveaxis(x._host, source, target))
 
     def empty_like(self, x, dtype=None, shape=None):
-        return self.empty(x.shape if shape is None else shape, dtype or x.dtype)
+        """Of order K, as NumPy's and CuPy's: Fortran's for x in Fortran's order."""
+        shape = x.shape if shape is None else shape
+        if x.flags.f_contiguous and not x.flags.c_contiguous and x.ndim == len(shape):
+            return self.empty(shape[::-1], dtype or x.dtype).T
+        return self.empty(shape, dtype or x.dtype)
 
     def full_like(self, x, value, dtype=None, shape=None):
         out = self.empty_like(x, dtype, shape)

@@ -24,10 +24,12 @@ BOUND = {np.float64: 1e-13, np.float32: 2e-6}
 SHAPES = [(9, 3, 7), (4, 30, 2), (0, 5, 33), (0, 33, 1)]
 
 
-@pytest.fixture(params=[True, False], ids=["lazy", "at once"])
+@pytest.fixture(params=["lazy", "at once", "shuffled"])
 def gpu(monkeypatch, request):
-    """Two devices; `lazy`: work waits until somebody waits for it."""
-    return fake_cupy.install(monkeypatch, devices=2, lazy=request.param)
+    """Two devices; work is done when somebody waits for it, at once, or earlier than it must be, in random order."""
+    return fake_cupy.install(
+        monkeypatch, devices=2, lazy=request.param != "at once", seed=5 * (request.param == "shuffled")
+    )
 
 
 @pytest.fixture
@@ -250,6 +252,22 @@ def test_third_order(gpu, monkeypatch, net, dtype, n):
     out = np.empty((n, n, n), dtype)
     assert nf.third_order_kernel(gone, X, out=out) is out
     check(out, wanted)
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "conv"])
+def test_points_in_any_order(gpu, name):
+    host, gone, x, _ = pair(name, np.float64)
+    wanted = nf.empirical_ntk(host, x)
+    axes = tuple(range(x.ndim))[::-1]
+    for X in (gpu.array(np.ascontiguousarray(x.transpose(axes))).transpose(*axes), gpu.array(np.repeat(x, 2, 0))[::2]):
+        check(nf.empirical_ntk(gone, X).get(), wanted)
+        check(gone.outputs(X).get(), host.outputs(x))
+        assert all(f.inputs.flags.c_contiguous for f in gone.jacobian_factors(X))
+    if name == "conv":
+        first = np.ascontiguousarray(np.moveaxis(x, -1, 1))
+        found = nf.empirical_ntk(gone, gpu.array(first), data_format="channels_first")
+        check(found.get(), wanted)
+    assert all(f.inputs.flags.c_contiguous for f in host.jacobian_factors(np.asfortranarray(x)))
 
 
 def test_where_things_are(gpu):

@@ -66,6 +66,13 @@ def test_jacobian_gram(shapes, n, side, dtype, monkeypatch):
 
 
 @DTYPES
+def test_wide_layers(dtype):
+    """Sums of thousands of positive terms, where float32 loses most."""
+    x = [nf.LayerFactors(np.abs(a), np.abs(d)) for a, d in layers(400, [(0, 4096, 4096), (0, 4097, 1)], dtype)]
+    check(nf.jacobian_gram(there(x)).get(), nf.jacobian_gram(wide(x)), dtype)
+
+
+@DTYPES
 def test_products_are_true_float32(dtype):
     """TF32 would be off by 1e-3 of the norms; neither the mode of the handle nor CUPY_TF32 may matter."""
     x = layers(500, [(0, 784, 1024)], dtype)

@@ -17,7 +17,8 @@ is new is listed first):
                     getMathMode(handle), setMathMode(handle, mode)
     kernels         compiler.py: kernel(grid, block, args, shared_mem=bytes), args: device arrays and NumPy scalars
     finite networks arithmetic of arrays and numbers, NumPy's functions on arrays: ufuncs with out=, where, empty_like,
-                    zeros_like, ones_like, full_like (with shape=), broadcast_to, moveaxis; assignment to slices;
+                    zeros_like, ones_like, full_like (with shape=), broadcast_to, moveaxis, sliding_window_view;
+                    assignment to slices;
                     all, mean, swapaxes, transpose; reshape (a view, or a copy); cupyx.scipy.special.erf. Never ``@``
 """
 
