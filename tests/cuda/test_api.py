@@ -17,6 +17,7 @@ from ntkfast import _file
 from ntkfast.__main__ import main
 from ntkfast._cuda import CudaUnavailable
 from ntkfast._cuda import gram as gpu_gram
+from ntkfast._cuda import tiles as gpu_tiles
 from ntkfast._done import MatrixFile
 from ntkfast._plan import mix_of
 from ntkfast._problem import Problem
@@ -124,7 +125,7 @@ def test_out_on_the_host(gpu, small_tiles, tmp_path):
 def test_a_file_that_resumes(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(_file, "_SIDE", 48)
     x = np.random.default_rng(5).normal(size=(110, 6))  # 3 x 3 tiles, 6 of them to be computed
-    path, store, left = tmp_path / "K.npy", gpu_gram._Share._store, [2]
+    path, store, left = tmp_path / "K.npy", gpu_tiles.Share._store, [2]
 
     def stop(*arguments):
         left[0] -= 1
@@ -133,7 +134,7 @@ def test_a_file_that_resumes(gpu, tmp_path, monkeypatch):
         store(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gpu_gram._Share, "_store", stop)
+        patch.setattr(gpu_tiles.Share, "_store", stop)
         with pytest.raises(KeyboardInterrupt):
             nf.gram_to_file(NET, gpu.array(x), path, progress=False)
     done = tmp_path / "K.npy.done" / "0of1"

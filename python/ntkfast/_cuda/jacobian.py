@@ -17,7 +17,8 @@ import numpy as np
 from ntkfast._contract import Factor, contractions, cuts, in_tiles, parameter_slices, sample_tiles
 from ntkfast._cuda import layout
 from ntkfast._cuda.device import Gpu, contiguous_rows, index_of, row_stride
-from ntkfast._cuda.gram import Backend, TileWorker, norms
+from ntkfast._cuda.gram import Backend, norms
+from ntkfast._cuda.tiles import TileWorker
 from ntkfast._tiles import Tile
 
 #: Rows of the products of a tile: 256 blocks of a product of 128 x 128, two for every multiprocessor. Not measured.
