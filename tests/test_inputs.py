@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ntkfast as nf
-from ntkfast import _arrays
+from ntkfast import _arrays, _core
 from ntkfast.activation import NAMES
 
 NET = nf.resnet(3)
@@ -421,6 +421,23 @@ def test_enough_memory_to_the_byte(monkeypatch):
     assert nf.gram(NET, X).shape == (6, 6)
     monkeypatch.setattr(_arrays, "available_memory", lambda: 0)
     assert nf.gram(NET, X, out=np.empty((6, 6))).shape == (6, 6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 15), (3, 16), (4, 17), (2, 33), (900, 130)])
+def test_norms_and_largest_entries(shape, dtype):
+    x = np.random.default_rng(7).standard_normal((shape[0], shape[1] + 3)).astype(dtype)[:, : shape[1]]
+    squares, largest = _core.squares(x)
+    exact = (x.astype(np.longdouble) ** 2).sum(axis=1)
+    assert (np.abs(squares - exact) <= 2 * np.finfo(np.float64).eps * exact).all()
+    assert np.array_equal(largest, np.abs(x).max(axis=1).astype(np.float64))
+    for column in {0, shape[1] // 2, shape[1] - 1}:
+        for wrong in (np.nan, np.inf, -np.inf):
+            bad = x.copy()
+            bad[-1, column] = wrong
+            found = _core.squares(bad)[1]
+            assert found[-1] == np.inf
+            assert np.array_equal(found[:-1], largest[:-1])
 
 
 def test_small_results_do_not_ask_for_memory(monkeypatch):
