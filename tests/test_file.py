@@ -191,6 +191,30 @@ def test_an_interrupted_run_resumes(path, monkeypatch, error, route):
     assert len(set(starts)) == len(starts) == 10
 
 
+@pytest.mark.parametrize("links", [1, 2])
+def test_stopped_while_a_file_has_two_names(path, monkeypatch, links):
+    """A run that ends between link and unlink of a new file leaves a second name, which must not be written to."""
+    real, left = os.link, [links]
+
+    def link(*names):
+        real(*names)
+        left[0] -= 1
+        if not left[0]:
+            raise StopHereError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", link)
+        with pytest.raises(StopHereError):
+            fill(path)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(StopHereError):
+            fill(path)
+    assert not complete(path)
+    np.testing.assert_array_equal(fill(path), nf.gram(NET, X))
+    assert complete(path)
+
+
 def test_images_resume_in_either_format(path, monkeypatch):
     monkeypatch.setattr(_file, "_SIDE", 6)
     net, first = nf.conv_net(2, readout="gap"), np.ascontiguousarray(np.moveaxis(IMAGES, -1, 1))

@@ -142,6 +142,7 @@ class MatrixFile(Record):
         self._map = os.open(self.folder / self.name, os.O_RDWR | os.O_CREAT, 0o666)
         _lock(self._map, f"part {self.part} of {self.path} is being computed by another process")
         new = self.folder / f"{self.name}.new"  # ours alone: we hold the lock
+        new.unlink(missing_ok=True)  # of a run that was killed: half a file, or a second name of a published one
         if self._stored() is None:
             self._write_about(new, complete=False)
             _publish(new, self.folder / "about.json")
@@ -149,7 +150,6 @@ class MatrixFile(Record):
         if not self.path.exists():
             self._create(new)
             _publish(new, self.path)
-        new.unlink(missing_ok=True)  # of a run that was killed
         self._offset = self.view().offset
         self._data = os.open(self.path, os.O_RDWR)
         all_tiles, done = self._tiles(), self._marks()
