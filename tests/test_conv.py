@@ -117,8 +117,8 @@ def test_hard_images_against_forty_digits(build, padding, readout):
 
 
 def photographs(height, width):
-    """CIFAR-like: smooth colours in multiples of 1/256. A photograph; objects on its background and on flat backgrounds of
-    two brightnesses; a near copy; a zero border; a third of the photograph; one flat image."""
+    """CIFAR-like: smooth colours in multiples of 1/256. A photograph; objects on its background and on flat ones of two
+    brightnesses; a near copy; a zero border; a third of the photograph; one flat image."""
     rng = np.random.default_rng(5)
     y, x = np.mgrid[:height, :width][..., None] / 8.0
     waves = np.sin(x * rng.uniform(0.2, 2, 3) + y * rng.uniform(0.2, 2, 3) + rng.uniform(0, 6, 3))
