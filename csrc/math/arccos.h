@@ -97,7 +97,7 @@ struct Arc {
 template <int RANGE = 0, class T>
 NTK_INLINE Arc<T> arc(T x) {
     T z = T(0.5) * x;
-    T y = sqrt_(z);
+    T y = root_(z);
     T z2 = z * z;
     return {y * angle_fit<RANGE>(z, z2), y * z * area_fit<RANGE>(z, z2)};
 }
