@@ -23,6 +23,21 @@ FILES = sorted(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
 #: 128 each, three with 80. Upper bounds, not what one version of NVRTC gives; nothing may spill. Left to itself NVRTC
 #: 13 spills for sm_100 and sm_120 in order to hold more blocks: say how many are enough, __launch_bounds__(256, 2).
 REGISTERS = {
+    "conv_images_fast_f32": 128,
+    "conv_images_fast_f64": 128,
+    "conv_images_general_f64": 128,
+    "conv_layers_f32": 40,
+    "conv_layers_f64": 40,
+    "conv_results_f32": 72,
+    "conv_results_f64": 72,
+    "gram_conv_far_f32": 208,
+    "gram_conv_far_f64": 208,
+    "gram_conv_fast_f32": 128,
+    "gram_conv_fast_f64": 128,
+    "gram_conv_general_f64": 128,
+    "gram_conv_general_far_f64": 128,
+    "gram_conv_seams_f32": 128,
+    "gram_conv_seams_f64": 128,
     "gram_dense_f32": 128,
     "gram_dense_f64": 128,
     "gram_general_f32": 128,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkfast._arrays import OutOfMemoryError, Points, not_finite, scale_exponents
+from ntkfast._arrays import OutOfMemoryError, Points, allocate, not_finite, scale_exponents
 from ntkfast._cuda import layout
 from ntkfast._cuda.device import Gpu, Place, as_cupy, contiguous_rows, index_of, row_stride, stream_of
 from ntkfast._tiles import Progress, Tile, record_of, tiles
@@ -89,6 +89,12 @@ class Backend:
 
         return view, wrap
 
+    def fetch(self, x: Any, name: str) -> tuple[Array, Callable[[Any], Any]]:
+        """A copy in host memory of a user's array on the device, and the way back."""
+        view, wrap = self.view(x, name)
+        with self._here():
+            return view.get(), wrap
+
     def points(self, x: Any, name: str, dtype: np.dtype[Any]) -> Points:
         """as_points of ntkfast._arrays for a matrix on the device: checks, norms, a copy only if it is needed."""
         with self._here() as gpu:
@@ -139,10 +145,27 @@ class Backend:
             raise ValueError("the arrays of out= must all be on the device or all in host memory")
         return result
 
+    def allocate(
+        self, out: Any, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any], names: Sequence[str],
+        inputs: Sequence[Any],
+    ) -> list[Any]:  # fmt: skip
+        """The given outputs, checked, or new ones where the inputs are."""
+        if out is None and self.resident:
+            return self.empty(shapes, dtype)
+        views = None if out is None else self.views(out, inputs)
+        return allocate(views, shapes, dtype, names, [x for x in inputs if isinstance(x, np.ndarray)])
+
+    def call(self, work: Callable[[Gpu], Any]) -> Any:
+        """A result of the first device."""
+        with self._here() as gpu:
+            return work(gpu)
+
     def run(
-        self, problem: Any, outs: Sequence[Any], outputs: Sequence[Output], slices: Slices | None, progress: Any
-    ) -> None:
-        """Fill the results."""
+        self, problem: Any, outs: Sequence[Any], outputs: Sequence[Output], slices: Slices | None, progress: Any,
+        make: Any = None, side: int = 0,
+    ) -> None:  # fmt: skip
+        """Fill the results. make(gpu, problem, outputs, slices): what launches the tiles (Worker); side: of a tile."""
+        make = make or Worker
         n, m = problem.shape
         resident = index_of(outs[0]) is not None
         record = record_of(outs)
@@ -150,21 +173,23 @@ class Backend:
             todo = record.begin()
             side = record.side
         else:
-            side = min(RESIDENT, max(n, m)) if resident else _streamed_side(problem, outs)
+            most = side or RESIDENT if resident else _streamed_side(problem, outs, side or STREAMED)
+            side = min(most, max(n, m))
             todo = list(tiles(n, m, problem.symmetric, side))
         with Progress(progress, sum(tile.entries for tile in todo)) as bar:
             if resident:
                 with self._here() as gpu:
-                    worker = Worker(gpu, problem, outputs, slices)
-                    products = gpu.empty((side, side), problem.dtype)
+                    worker = make(gpu, problem, outputs, slices)
+                    scratch = worker.scratch(side)
                     for tile in todo:
-                        worker.into(tile, products, outs)
+                        worker.into(tile, scratch, outs)
                         bar.add(tile.entries)
                 return
             with self._here():
                 self._stream.synchronize()  # the rows may have been made on it
             share = _Share(todo, outs, bar)
-            jobs = [lambda gpu=gpu: _stream_tiles(gpu, problem, outputs, slices, share, side) for gpu in self.gpus]
+            jobs = [lambda gpu=gpu: _stream_tiles(gpu, make, problem, outputs, slices, share, side)
+                    for gpu in self.gpus]  # fmt: skip
             _in_parallel(jobs, share)
 
 
@@ -198,12 +223,11 @@ def _overlap(a: Any, b: Any) -> bool:
     return a0 < b1 and b0 < a1
 
 
-def _streamed_side(problem: Any, outs: Sequence[Any]) -> int:
-    side = STREAMED
+def _streamed_side(problem: Any, outs: Sequence[Any], side: int) -> int:
     slices = outs[0].shape[0] if len(outs[0].shape) == 3 else len(outs)
     while side > 32 and 4 * side * side * slices * problem.dtype.itemsize > _BUFFER:
         side //= 2
-    return int(min(side, max(problem.shape)))
+    return side
 
 
 class Worker:
@@ -250,6 +274,10 @@ class Worker:
         self.blocks = blocks = max(1, min(_BLOCKS, _BUFFER // (8 * (prefix + suffix)), squares))
         self.own = self.gpu.empty((blocks, prefix), self.dtype), self.gpu.empty((blocks, suffix), np.float64)
 
+    def scratch(self, side: int) -> Any:
+        """Room for the products of a tile."""
+        return self.gpu.empty((side, side), self.dtype)
+
     def into(self, tile: Tile, products: Any, outs: Sequence[Any], multiply: bool = True) -> None:
         """Compute a tile into results on the device; products (side, side) is scratch, or holds them (benchmarks)."""
         views = [out[..., tile.rows, tile.cols] for out in outs]
@@ -271,8 +299,8 @@ class Worker:
         for k, (factors, mix) in enumerate(zip(self.factors, self.mixes, strict=True)):
             out = record["outputs"][k]
             out["mix"] = mix
-            _put_matrix(out, views[k], mirrors[k])
-            _put_factors(out, factors, tile)
+            put_matrix(out, views[k], mirrors[k])
+            put_factors(out, factors, tile)
         square = layout.SQUARE[self.module]
         blocks = -(-rows // square) * -(-cols // square)
         if self.slices is not None:
@@ -285,8 +313,8 @@ class Worker:
 
     def _put_slices(self, out: Any, view: Any, mirror: Any, tile: Tile) -> None:
         assert self.slices is not None
-        _put_matrix(out, view, mirror)
-        _put_factors(out, self.slice_factors, tile)
+        put_matrix(out, view, mirror)
+        put_factors(out, self.slice_factors, tile)
         out["slice_stride"] = view.strides[0] // view.itemsize
         out["mirror_slice_stride"] = 0 if mirror is None else mirror.strides[0] // view.itemsize
         out["readout"] = self.slices.readout
@@ -294,13 +322,13 @@ class Worker:
         out["own"], out["own_suffix"] = (a.data.ptr for a in self.own)
 
 
-def _put_matrix(out: Any, view: Any, mirror: Any) -> None:
+def put_matrix(out: Any, view: Any, mirror: Any) -> None:
     out["data"], out["stride"] = view.data.ptr, row_stride(view[0] if view.ndim == 3 else view)
     if mirror is not None:
         out["mirror"], out["mirror_stride"] = mirror.data.ptr, row_stride(mirror[0] if mirror.ndim == 3 else mirror)
 
 
-def _put_factors(out: Any, factors: dict[str, Any], tile: Tile) -> None:
+def put_factors(out: Any, factors: dict[str, Any], tile: Tile) -> None:
     for name, values in factors.items():
         if name != "diagonal" or tile.diagonal:
             out[name] = values[tile.cols if name.endswith("j") else tile.rows].data.ptr
@@ -369,19 +397,19 @@ def _in_parallel(jobs: Sequence[Callable[[], None]], share: _Share) -> None:
 class _Buffers:
     """A tile on its way to the host: its stream, its place on the device and its place in pinned memory."""
 
-    def __init__(self, gpu: Gpu, problem: Any, outs: Sequence[Any], side: int) -> None:
+    def __init__(self, gpu: Gpu, worker: Any, problem: Any, outs: Sequence[Any], side: int) -> None:
         self.stream = gpu.stream()
         self.depths = [out.shape[0] if len(out.shape) == 3 else 0 for out in outs]
         dtype, sizes = problem.dtype, [max(1, depth) * side * side for depth in self.depths]
         copies = 2 if problem.symmetric else 1
         with self.stream:
-            self.products = gpu.empty((side, side), dtype)
+            self.scratch = worker.scratch(side)
             self.device = [[gpu.empty((size,), dtype) for _ in range(copies)] for size in sizes]
         self.host = [[gpu.pinned((size,), dtype) for _ in range(copies)] for size in sizes]
         self.tile: Tile | None = None
         self.parts: list[tuple[Array, Array | None]] = []
 
-    def start(self, worker: Worker, tile: Tile) -> None:
+    def start(self, worker: Any, tile: Tile) -> None:
         """Launch a tile and its copy."""
         rows, cols = tile.rows.stop - tile.rows.start, tile.cols.stop - tile.cols.start
         shapes = [((rows, cols), (cols, rows)) if d == 0 else ((d, rows, cols), (d, cols, rows)) for d in self.depths]
@@ -390,7 +418,7 @@ class _Buffers:
         mirrors = [_shaped(d[1], s[1]) for d, s in zip(self.device, shapes, strict=True)] if both else list(views)
         self.tile, self.parts = tile, []
         with self.stream:
-            worker.launch(tile, self.products, views, mirrors if tile.mirrored else [None] * len(views))
+            worker.launch(tile, self.scratch, views, mirrors if tile.mirrored else [None] * len(views))
             for k, (view, mirror) in enumerate(zip(views, mirrors, strict=True)):
                 part = view.get(out=_shaped(self.host[k][0], view.shape), blocking=False)
                 copied = mirror.get(out=_shaped(self.host[k][1], mirror.shape), blocking=False) if both else None
@@ -410,16 +438,16 @@ def _shaped(flat: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _stream_tiles(
-    gpu: Gpu, problem: Any, outputs: Sequence[Output], slices: Slices | None, share: _Share, side: int
+    gpu: Gpu, make: Any, problem: Any, outputs: Sequence[Output], slices: Slices | None, share: _Share, side: int
 ) -> None:
     """Tiles one after the other until none is left."""
     with gpu.device:
         setup = gpu.stream()
         with setup:
-            worker = Worker(gpu, problem, outputs, slices)
+            worker = make(gpu, problem, outputs, slices)
         setup.synchronize()  # what it uploaded is used on other streams
         # The scratch of layer_grams belongs to one launch at a time.
-        buffers = [_Buffers(gpu, problem, share.outs, side) for _ in range(1 if slices is not None else 2)]
+        buffers = [_Buffers(gpu, worker, problem, share.outs, side) for _ in range(1 if slices is not None else 2)]
         try:
             turn = 0
             while (tile := share.next()) is not None:
