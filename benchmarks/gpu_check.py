@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_images import image_cases, measure_images
 
 import ntkfast as nf
 from ntkfast import _bench
@@ -35,7 +36,7 @@ from ntkfast._cuda import CudaUnavailable, compiler, layout, load_cupy
 from ntkfast._cuda import gram as gpu_gram
 
 HERE = Path(__file__).resolve().parent
-KERNELS = ("points", *layout.SQUARE)
+KERNELS = ("points", *layout.SQUARE, "conv_images", "gram_conv_fast", "gram_conv_general", "conv_results")
 TOOLS = ("memcheck", "racecheck", "initcheck")
 Report = dict[str, Any]
 
@@ -53,6 +54,15 @@ for net in (nf.resnet(3), nf.resnet(2, "erf"), nf.Network([nf.Dense("tanh", bias
         for os.environ["NTKFAST_PATH"] in ("table", "recursion"):
             assert np.isfinite(nf.gram(net, z, get=("ntk", "nngp"), device="cuda")).all()
         assert np.isfinite(nf.layer_grams(net, z, z[:9], device="cuda")).all()
+x = np.random.default_rng(0).normal(size=(5, 6, 7, 2)); x[3] = x[4]; x[2] = 0; x[1, :2] = 0
+for readout in ("flatten", "gap"):
+    for net in (nf.conv_net(2, readout=readout), nf.conv_resnet(2, readout=readout),
+                nf.conv_net(2, "erf", readout=readout)):
+        for dtype in ("float64", "float32"):
+            z = (x / 4).astype(dtype)
+            assert np.isfinite(nf.gram(net, z, get=("ntk", "nngp"), device="cuda")).all()
+            if readout == "flatten":
+                assert np.isfinite(nf.layer_grams(net, z, z[:2], device="cuda")).all()
 """
 
 
@@ -93,6 +103,8 @@ TARGETS = (
     ("table path, float64, slowest row: epilogues, share of the copy bandwidth", 0.6, True),
     ("recursion, fully_connected(10), float64: share of the FMA rate", 0.5, True),
     ("layer by layer in CuPy over ours, depth 10", 10.0, True),
+    ("conv_net(21) flatten, 32x32x3, float32: microseconds an entry", 0.15, False),
+    ("conv_net(21) gap, 32x32x3, float32: microseconds an entry", 150.0, False),
 )
 
 
@@ -323,6 +335,7 @@ def run_benchmarks(report: Report, n: int, d: int, rounds: int, baseline: bool =
     if baseline:
         ours = measure(cupy, small, rounds, rates["float64"])["gram"]["ms"]
         report["baseline"].append(measure_baseline(cupy, small, rounds, ours))
+    report["images"] = [measure_images(case, max(3, rounds // 8)) for case in image_cases(n)]
     report["targets"] = targets(report)
 
 
@@ -337,11 +350,13 @@ def targets(report: Report) -> list[Report]:
     double = [r for r in report["cases"] if r["dtype"] == "float64"]
     tables = [r for r in double if r["path"] == "table"]
     deep = [r for r in double if r["path"] == "recursion" and r["case"] == "fully_connected(10)"]
+    single = [r for r in report.get("images", []) if r["dtype"] == "float32"]
     values = (
         float(np.max([r["over_product"] for r in tables])) if tables else None,  # NaN comes through
         float(np.min([r["of_copy"] for r in tables])) if tables else None,
         deep[0]["of_fma"] if deep else None,
         report["baseline"][0]["over_ours"] if report["baseline"] else None,
+        *(next((r["us_an_entry"] for r in single if r["readout"] == readout), None) for readout in ("flatten", "gap")),
     )
     return [line(name, value, *rest) for (name, *rest), value in zip(TARGETS, values, strict=True)]
 
@@ -356,6 +371,7 @@ def plan(n: int, d: int, rounds: int) -> str:
         *(f"    {case.name}, {case.dtype}, {case.path}" for case in cases(n, d)),
         f"    streaming to the host, n = {max(64, n // 2)}",
         f"    layer by layer in CuPy, n = {max(64, n // 4)}",
+        *(f"    {case.name}" for case in image_cases(n)),
         "targets:",
         *(f"    {name} {'>=' if least else '<='} {limit:g}" for name, limit, least in TARGETS),
     ]

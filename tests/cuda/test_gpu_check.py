@@ -22,19 +22,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def check():
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # as for the script
     spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "benchmarks" / "gpu_check.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["gpu_check"] = module  # its dataclass looks itself up
     spec.loader.exec_module(module)
     yield module
     del sys.modules["gpu_check"]
+    sys.path.remove(str(ROOT / "benchmarks"))
 
 
 def test_dry_run(check, capsys):
     assert check.main(["--dry-run", "--n", "1000"]) == 0
     text = capsys.readouterr().out
     for part in (
-        "gram_dense, gram_general, gram_table, layer_grams",
+        "gram_dense, gram_general, gram_table, layer_grams, conv_images, gram_conv_fast",
+        "conv_net(21), gap, 32x32x3, 4 images, float32",
         "n = 1000, d = 784",
         "resnet(10), float64, table",
         "fully_connected(10), float32, recursion",
@@ -66,7 +69,7 @@ def test_operations_of_the_layers(check):
 )
 def test_targets(check, value, verdict):
     report = {"cases": [], "baseline": [] if value is None else [{"over_ours": value}]}
-    assert [t["verdict"] for t in check.targets(report)] == ["not measured"] * 3 + [verdict]
+    assert [t["verdict"] for t in check.targets(report)] == ["not measured"] * 3 + [verdict] + ["not measured"] * 2
 
 
 def test_targets_look_at_the_slowest_table(check):
@@ -105,6 +108,8 @@ def gpu(check, monkeypatch):
 def test_everything_but_tests_and_sanitizer(check, gpu, tmp_path, monkeypatch):
     benchmarks = check.run_benchmarks
     monkeypatch.setattr(check, "run_benchmarks", lambda *arguments: benchmarks(*arguments, baseline=False))
+    images = check.measure_images
+    monkeypatch.setattr(check, "measure_images", lambda case, rounds: images(case, rounds, grid=4, depth=3))
     assert (
         check.main(
             ["--skip", "tests", "sanitizer", "--n", "80", "--d", "9", "--rounds", "3", "--folder", str(tmp_path)]
@@ -127,6 +132,11 @@ def test_everything_but_tests_and_sanitizer(check, gpu, tmp_path, monkeypatch):
     assert report["limits"]["float64"]["product"]["GFLOP/s"] == pytest.approx(2e-6 * 80 * 80 * 9 / 2.0)
     assert report["streaming"][0]["ms"] > 0
     assert report["targets"][3]["verdict"] == "not measured"
+    assert [(r["readout"], r["dtype"]) for r in report["images"]] == [
+        (readout, dtype) for readout in ("flatten", "gap") for dtype in ("float32", "float64")
+    ]
+    assert report["targets"][4]["measured"] == report["images"][0]["us_an_entry"] > 0
+    assert report["targets"][5]["measured"] == report["images"][2]["us_an_entry"] > 0
 
 
 def test_a_case_on_another_path_is_an_error(check, gpu, monkeypatch):
