@@ -1,19 +1,26 @@
 // Bias-free convolutional networks with a positively homogeneous activation (MATH.md, sections 3, 3b and 9b).
-// The formulas are in csrc/math/conv.h. Only the first layer may be frozen.
+//
+// The formulas are in csrc/math/conv.h. Only the first layer may be frozen. A layer goes down the plane, some registers wide:
+// it sums the columns of the next row of windows, keeps three such sums and writes the new state to a second plane.
 #pragma once
 #include "../math/conv.h"
 #include "conv_planes.h"
+#include "pack.h"
 
 namespace ntk {
 namespace {
 
-// Arrays of one layer of one image: root, 1/root of the window's variance; half the variance before the layer, its sums over
-// the columns of the window, the mean before the layer (the last three not for flatten kernels without skips).
+// Arrays of one layer of one image (FastPoint): the last three only if a layer is scaled or there are seams. kHalfSum: kHalf summed over
+// the columns of the window.
 enum FastArray { kRoot, kInverse, kHalf, kHalfSum, kMean };
 static int fast_arrays(const ConvPlan& p) {
-    bool skip = false;
-    for (int h = 0; h < p.n_layers; ++h) skip = skip || p.layers[h].p != 0.0;
-    return skip || (p.pooled && !p.circular) ? kMean + 1 : kInverse + 1;
+    bool all = p.pooled && !p.circular;
+    double unit = kFirstUnit;
+    for (int h = 0; h < p.n_layers; ++h) {
+        const FastUnits u = fast_units(p.layers[h], unit);
+        all = all || u.scaled, unit = u.after;
+    }
+    return all ? kMean + 1 : kInverse + 1;
 }
 
 template <class T>
@@ -25,92 +32,157 @@ struct FastImage {
     const T* array(int layer, int a) const { return data + (std::int64_t(layer) * arrays + (a < arrays ? a : 0)) * size; }
 };
 
-// Numbers of all layers of one image. x: (channels, positions); room: (6, positions).
+// Numbers of all layers of one image. x: (channels, positions); room: (8, positions).
 template <class T>
 void fast_image(const ConvPlan& p, const Geometry<T>& g, const T* x, bool twice, double* room, T* to, int size) {
     const int n = g.height * g.width, arrays = fast_arrays(p);
-    double *var = room, *mean = room + n, *columns = room + 2 * n, *lam = room + 3 * n, *a = room + 4 * n, *b = room + 5 * n;
-    for (int k = 0; k < n; ++k) {
-        double sum = 0.0;
-        for (int c = 0; c < p.channels; ++c) sum += double(x[c * n + k]) * double(x[c * n + k]);
-        var[k] = sum, mean[k] = 0.0;
-    }
+    double *var = room, *mean = room + n, *columns = room + 2 * n, *lam = room + 3 * n, *made = room + 4 * n;
+    for (int k = 0; k < n; ++k) var[k] = mean[k] = 0.0;
     for (int c = 0; c < p.channels; ++c) {
-        for (int k = 0; k < n; ++k) a[k] = double(x[c * n + k]);
-        put_plane(g, twice, a, to + (std::int64_t(p.n_layers) * arrays + c) * size);
+        for (int k = 0; k < n; ++k) made[k] = double(x[c * n + k]), var[k] += made[k] * made[k];
+        put_plane(g, twice, made, to + (std::int64_t(p.n_layers) * arrays + c) * size);
     }
+    double unit = kFirstUnit;
     for (int h = 0; h < p.n_layers; ++h) {
         const GeneralLayer& l = p.layers[h];
+        const FastUnits u = fast_units(l, unit);
         T* out = to + std::int64_t(h) * arrays * size;
         window_variances(g, var, columns, lam);
         for (int k = 0; k < n; ++k) {
-            lam[k] *= l.cw;
-            if (lam[k] < least_variance(T(0))) lam[k] = 0.0;
-            a[k] = sqrt_(lam[k]), b[k] = lam[k] > 0.0 ? 1.0 / a[k] : 0.0;
+            lam[k] = l.cw * lam[k] < least_variance(T(0)) ? 0.0 : l.cw * lam[k];
+            const FastPoint<double> point = fast_point(l, u, lam[k], mean[k], var[k]);
+            made[k] = point.root, made[k + n] = point.inv, made[k + 2 * n] = point.mean, made[k + 3 * n] = point.half;
         }
-        put_plane(g, twice, a, out + kRoot * size);
-        put_plane(g, twice, b, out + kInverse * size);
+        put_plane(g, twice, made, out + kRoot * size);
+        put_plane(g, twice, made + n, out + kInverse * size);
         if (arrays > kHalf) {
-            put_plane(g, twice, mean, out + kMean * size);
-            for (int k = 0; k < n; ++k) b[k] = 0.5 * var[k], columns[k] *= 0.5;
-            put_plane(g, twice, b, out + kHalf * size);
+            put_plane(g, twice, made + 2 * n, out + kMean * size);
+            put_plane(g, twice, made + 3 * n, out + kHalf * size);
+            for (int k = 0; k < n; ++k) columns[k] *= 0.5 / u.before;
             put_plane(g, twice, columns, out + kHalfSum * size);
         }
+        const double factor = mean_factor(l), second = l.r * even_part(l);
         for (int k = 0; k < n; ++k) {
-            const double mu = mean_factor(l) * a[k];
-            var[k] = l.p * l.p * var[k] + 2.0 * l.p * l.q * mean[k] * mu + l.r * 0.5 * fma_(l.slope, l.slope, 1.0) * lam[k];
+            const double mu = factor * sqrt_(lam[k]);
+            var[k] = l.p * l.p * var[k] + 2.0 * l.p * l.q * mean[k] * mu + second * lam[k];
             mean[k] = l.p * mean[k] + l.q * mu;
         }
+        unit = u.after;
     }
 }
 
-// Rows of a layer, one vector after the other. e, m, roots: of the window; E, M: the state, in place; sum_m, sum_s, sum_own:
-// (span,) totals of the last layer. step, step_j, stride: between rows of the first image, of the second, of the state.
+// A layer of one plane. Arrays of the second image point to its shifted column 0, with rows step_j apart.
 template <class T>
-struct FastRows {
-    const T *e, *m;
-    const T *root_i, *inv_i, *root_j, *inv_j, *mean_i, *mean_j, *half_i, *half_j;
-    T *E, *M;
-    T *sum_m, *sum_s, *sum_own;
-    int step, step_j, stride, rows;
+struct FastSweep {
+    FastLayer<double> layer;
+    double trained;                 // of the first layer
+    const T *E, *M, *sum_e, *sum_m; // padded; compact window sums if there are such
+    T *to_E, *to_M;                 // padded, other planes
+    const T *root_i, *inv_i, *mean_i, *half_i, *half_sum_i, *root_j, *inv_j, *mean_j, *half_j, *half_sum_j;
+    int step_j;
+    T* totals;                      // (3, span) of the last layer: M, S, own term
 };
 
-template <bool FIRST, bool SKIP, bool LAST, class T>
-NTK_INLINE void fast_position(const FastLayer<T>& l, const FastRows<T>& a, T trained, int column, int c, int j, int at) {
-    const T zero = T(0);
-    const FastPoint<T> first{a.root_i[c], a.inv_i[c], SKIP ? a.mean_i[c] : zero, SKIP && LAST ? a.half_i[c] : zero};
-    const FastPoint<T> second{a.root_j[j], a.inv_j[j], SKIP ? a.mean_j[j] : zero, SKIP && LAST ? a.half_j[j] : zero};
-    const FastState<T> before{SKIP ? a.E[at] : zero, SKIP ? a.M[at] : zero};
-    const FastResult<T> r = fast_step<FIRST, SKIP>(l, trained, {a.e[c], a.m[c]}, before, first, second);
-    if (LAST) a.sum_m[column] += r.state.m, a.sum_s[column] += r.s, a.sum_own[column] += r.own;
-    else a.E[at] = r.state.e, a.M[at] = r.state.m;
-}
-// TOGETHER positions are done together, to hide the latency of their square roots.
-template <bool FIRST, bool SKIP, bool LAST, int TOGETHER, class T>
-__attribute__((noinline)) static void fast_rows_by(const FastLayer<T>& layer, const FastRows<T>& rows, T trained) {
-    const FastLayer<T> l = layer;
-    const FastRows<T> a = rows;
-    for (int r = 0; r < a.rows; ++r)
-        for (int start = 0; start < a.step; start += TOGETHER) {
-            const int c = r * a.step + start, j = r * a.step_j + start, at = r * a.stride + start;
-#pragma omp simd
-            for (int k = 0; k < TOGETHER; ++k)
-                fast_position<FIRST, SKIP, LAST>(l, a, trained, start + k, c + k, j + k, at + k);
+// Where window sums come from: planes of sums, the state, the state with a seam between two columns.
+enum FastSource { kSums, kState, kSeam };
+
+// Registers that work together hide each other's latency; the coefficients need registers, too.
+constexpr int kTogether = 2;
+
+// Sums over the columns of windows of reach 1, in the columns from c on, and over their rows where the partner wraps.
+template <FastSource SOURCE, int U, class T>
+struct FastWindow {
+    using P = Pack<T, U>;
+    Geometry<T> g;
+    FastSweep<T> a;
+    PackMask<T, U> left_of, right_of;  // columns whose left or right neighbour is beyond the seam
+    int c, sy;
+    bool wrap, fill_rows;
+
+    NTK_MEMBER int partner(int r) const { return r + sy < g.height ? r + sy : r + sy - g.height; }
+    // fill: there is something where only one image is.
+    NTK_MEMBER P columns(const T* plane, int r, bool fill) const {
+        const T* from = plane + r * g.stride + g.pad + c;
+        P left = load_pack<U>(from - 1), right = load_pack<U>(from + 1);
+        if (SOURCE == kSeam) {
+            left = drop(left_of, left), right = drop(right_of, right);
+            if (fill) {
+                const T* half = a.half_i + r * g.span + c;
+                left = left + keep(left_of, load_pack<U>(half - 1)), right = right + keep(right_of, load_pack<U>(half + 1));
+            }
         }
+        return (left + right) + load_pack<U>(from);
+    }
+    // Row r + dy, which is not in both images, or beyond the row where the partner wraps.
+    NTK_MEMBER P beyond(const T* plane, int r, int dy, bool fill) const {
+        if (wrap) return columns(plane, (r + dy + g.height) % g.height, fill);
+        if (!fill || !fill_rows) return P(0.0);
+        const int i = r + dy, j = partner(r) + dy;
+        if (i >= 0 && i < g.height) return load_pack<U>(a.half_sum_i + i * g.span + c);
+        return j >= 0 && j < g.height ? load_pack<U>(a.half_sum_j + j * a.step_j + c) : P(0.0);
+    }
+};
+
+template <bool FIRST, bool SCALED, bool LAST, FastSource SOURCE, int U, class T>
+__attribute__((noinline)) static void fast_sweep(const Geometry<T>& geometry, const Shift<T>& s, const FastSweep<T>& sweep) {
+    using P = Pack<T, U>;
+    // Copies: a store might change what a reference points to, as far as the compiler knows.
+    const Geometry<T> g = geometry;
+    const FastSweep<T> a = sweep;
+    const FastLayer<P> l{P(a.layer.skip), P(a.layer.scale), P(a.layer.k), P(a.layer.slope), a.layer.even};
+    const P trained(a.trained), zero(0.0);
+    FastWindow<SOURCE, U, T> w{g, a, {}, {}, 0, s.y, g.circular && g.reach_y, s.seam_y};
+    for (int c = w.c = 0; c < g.span; c = w.c += P::kWidth) {
+        P totals[3] = {zero, zero, zero};
+        int shift = s.y;  // of the partner's row
+        auto step = [&](int r, const P& e, const P& m) __attribute__((always_inline)) {
+            const int i = r * g.span + c, j = (r + shift) * a.step_j + c, state = r * g.stride + g.pad + c;
+            const FastPoint<P> first{load_pack<U>(a.root_i + i), load_pack<U>(a.inv_i + i), SCALED ? load_pack<U>(a.mean_i + i) : zero,
+                                     SCALED && LAST ? load_pack<U>(a.half_i + i) : zero};
+            const FastPoint<P> second{load_pack<U>(a.root_j + j), load_pack<U>(a.inv_j + j), SCALED ? load_pack<U>(a.mean_j + j) : zero,
+                                      SCALED && LAST ? load_pack<U>(a.half_j + j) : zero};
+            const FastState<P> before{SCALED ? load_pack<U>(a.E + state) : zero, SCALED ? load_pack<U>(a.M + state) : zero};
+            const FastResult<P> result = fast_step<FIRST, SCALED>(l, trained, FastState<P>{e, m}, before, first, second);
+            if (LAST) totals[0] = totals[0] + result.state.m, totals[1] = totals[1] + result.s, totals[2] = totals[2] + result.own;
+            else save_pack(a.to_E + state, result.state.e), save_pack(a.to_M + state, result.state.m);
+        };
+        if (SOURCE == kSeam) w.left_of = load_mask<U>(s.seams + c), w.right_of = load_mask<U>(s.seams + g.span + c);
+        // The rows before the partner wraps, and those after.
+        for (int r = 0, stop = g.height - s.y; r < g.height; stop = g.height, shift = s.y - g.height) {
+            for (; SOURCE == kSums && r < stop; ++r)
+                step(r, load_pack<U>(a.sum_e + r * g.span + c), load_pack<U>(a.sum_m + r * g.span + c));
+            if (SOURCE == kSums) continue;
+            P e_above = w.beyond(a.E, r, -1, true), m_above = w.beyond(a.M, r, -1, FIRST);
+            P e_here = w.columns(a.E, r, true), m_here = w.columns(a.M, r, FIRST);
+            for (; r + 1 < stop; ++r) {
+                const P e_next = w.columns(a.E, r + 1, true), m_next = w.columns(a.M, r + 1, FIRST);
+                step(r, (e_above + e_next) + e_here, (m_above + m_next) + m_here);
+                e_above = e_here, e_here = e_next, m_above = m_here, m_here = m_next;
+            }
+            step(r, (e_above + w.beyond(a.E, r, 1, true)) + e_here, (m_above + w.beyond(a.M, r, 1, FIRST)) + m_here);
+            ++r;
+        }
+        for (int k = 0; LAST && k < 3; ++k) save_pack(a.totals + k * g.span + c, totals[k]);
+    }
 }
-template <bool FIRST, bool SKIP, bool LAST, class T>
-NTK_INLINE void fast_rows(const FastLayer<T>& l, const FastRows<T>& a, T trained) {
-    if (a.step % (2 * kLanes<T>)) fast_rows_by<FIRST, SKIP, LAST, kLanes<T>>(l, a, trained);
-    else fast_rows_by<FIRST, SKIP, LAST, 2 * kLanes<T>>(l, a, trained);
+template <FastSource SOURCE, int U, class T>
+static void fast_layer_by(bool first, bool scaled, bool last, const Geometry<T>& g, const Shift<T>& s, const FastSweep<T>& a) {
+    if (first && scaled) return last ? fast_sweep<true, true, true, SOURCE, U>(g, s, a) : fast_sweep<true, true, false, SOURCE, U>(g, s, a);
+    if (first) return last ? fast_sweep<true, false, true, SOURCE, U>(g, s, a) : fast_sweep<true, false, false, SOURCE, U>(g, s, a);
+    if (scaled) return last ? fast_sweep<false, true, true, SOURCE, U>(g, s, a) : fast_sweep<false, true, false, SOURCE, U>(g, s, a);
+    return last ? fast_sweep<false, false, true, SOURCE, U>(g, s, a) : fast_sweep<false, false, false, SOURCE, U>(g, s, a);
 }
 template <class T>
-static void fast_rows_of(bool first, bool skip, bool last, const FastLayer<T>& l, const FastRows<T>& a, T trained) {
-    if (first) return last ? fast_rows<true, false, true>(l, a, trained) : fast_rows<true, false, false>(l, a, trained);
-    if (skip) return last ? fast_rows<false, true, true>(l, a, trained) : fast_rows<false, true, false>(l, a, trained);
-    return last ? fast_rows<false, false, true>(l, a, trained) : fast_rows<false, false, false>(l, a, trained);
+static void fast_layer_of(FastSource source, bool first, bool scaled, bool last, const Geometry<T>& g, const Shift<T>& s, const FastSweep<T>& a) {
+    if (source == kSums) return fast_layer_by<kSums, 1>(first, scaled, last, g, s, a);
+    constexpr int many = kTogether;
+    if (g.span % (many * kLanes<T>)) {
+        return source == kSeam ? fast_layer_by<kSeam, 1>(first, scaled, last, g, s, a) : fast_layer_by<kState, 1>(first, scaled, last, g, s, a);
+    }
+    return source == kSeam ? fast_layer_by<kSeam, many>(first, scaled, last, g, s, a) : fast_layer_by<kState, many>(first, scaled, last, g, s, a);
 }
 
-// E and F before the first layer. CHANNELS = 0: any number.
+// E and F before the first layer, in units of kFirstUnit. CHANNELS = 0: any number.
 template <int CHANNELS, class T>
 NTK_INLINE void start_row_of(const T* x, const T* y, int channels, int x_step, int y_step, int n, T* E, T* F) {
     constexpr int known = CHANNELS ? CHANNELS : 1;
@@ -120,7 +192,7 @@ NTK_INLINE void start_row_of(const T* x, const T* y, int channels, int x_step, i
         NTK_UNROLL
         for (int k = 0; k < known; ++k) {
             const T minus = x[k * x_step + c] - y[k * y_step + c], plus = x[k * x_step + c] + y[k * y_step + c];
-            e = fma_(T(0.5) * minus, minus, e), f = fma_(T(0.5) * plus, plus, f);
+            e = fma_(minus, minus, e), f = fma_(plus, plus, f);
         }
         E[c] = e, F[c] = f;
     }
@@ -128,7 +200,7 @@ NTK_INLINE void start_row_of(const T* x, const T* y, int channels, int x_step, i
 #pragma omp simd
         for (int c = 0; c < n; ++c) {
             const T minus = x[k * x_step + c] - y[k * y_step + c], plus = x[k * x_step + c] + y[k * y_step + c];
-            E[c] = fma_(T(0.5) * minus, minus, E[c]), F[c] = fma_(T(0.5) * plus, plus, F[c]);
+            E[c] = fma_(minus, minus, E[c]), F[c] = fma_(plus, plus, F[c]);
         }
 }
 template <class T>
@@ -140,11 +212,12 @@ NTK_INLINE void start_row(const T* x, const T* y, int channels, int x_step, int 
 // What one thread needs for a plane of one pair.
 template <class T>
 struct FastRoom {
-    Buffer<T> E, M, e, m, columns, sums;
+    Buffer<T> E, M, e, m, columns, sums;  // E and M twice: before and after a layer
     FastRoom(const ConvPlan&, const Geometry<T>& g)
-        : E(g.padded()), M(g.padded()), e(g.compact()), m(g.compact()), columns(g.compact()), sums(4 * g.span) {
+        : E(2 * g.padded()), M(2 * g.padded()), e(g.fused() ? 0 : g.compact()), m(g.fused() ? 0 : g.compact()),
+          columns(g.fused() ? 0 : g.compact()), sums(4 * g.span) {
         if (!ready()) return;
-        for (int k = 0; k < g.padded(); ++k) E.data[k] = M.data[k] = T(0);
+        for (int k = 0; k < 2 * g.padded(); ++k) E.data[k] = M.data[k] = T(0);
         for (int c = 0; c < 4 * g.span; ++c) sums.data[c] = T(0);
     }
     bool ready() const {
@@ -152,46 +225,62 @@ struct FastRoom {
     }
 };
 
+// The columns beside the rows of a plane that a layer reads: what finish_row says, or what is there in one image only.
+template <class T>
+NTK_INLINE void finish_plane(const Geometry<T>& g, const Shift<T>& s, const T* half_j, int step_j, T* plane) {
+    for (int r = 0; r < g.height; ++r) {
+        T* row = plane + r * g.stride + g.pad;
+        finish_row(g, row);
+        if (half_j) {
+            const T* half = half_j + (r + s.y < g.height ? r + s.y : r + s.y - g.height) * step_j;
+            row[-1] = half[-1], row[g.width] = half[g.width];
+        } else if (g.fused() && !g.circular) {
+            row[-1] = row[g.width] = T(0);
+        }
+    }
+}
+
 // All layers of one plane; total (3,) += T + S, S, own term of the last layer, over its positions.
 template <class T>
 void fast_plane(const ConvPlan& p, const Geometry<T>& g, const Shift<T>& s, const FastImage<T>& i, const FastImage<T>& j,
                 FastRoom<T>& room, double* total) {
     const T *x = i.array(p.n_layers, 0), *y = j.array(p.n_layers, 0);
-    T* zeros = room.sums.data + 3 * g.span;
-    const int stride_j = p.pooled ? g.double_stride() : g.span, offset_j = p.pooled ? g.pad + s.x : 0;
-    for (int c = 0; c < 3 * g.span; ++c) room.sums.data[c] = T(0);
+    const int step_j = p.pooled ? g.double_stride() : g.span, offset_j = p.pooled ? g.pad + s.x : 0;
+    T *E = room.E.data, *M = room.M.data, *next_E = E + g.padded(), *next_M = M + g.padded();
     for (int r = 0; r < g.height; ++r) {
-        const int other = r + s.y < g.height ? r + s.y : r + s.y - g.height;
-        T *E = room.E.data + r * g.stride + g.pad, *F = room.M.data + r * g.stride + g.pad;
-        start_row(x + r * g.span, y + other * stride_j + offset_j, p.channels, g.compact(), j.size, g.span, E, F);
-        finish_row(g, E), finish_row(g, F);
+        const int other = r + s.y < g.height ? r + s.y : r + s.y - g.height, at = r * g.stride + g.pad;
+        start_row(x + r * g.span, y + other * step_j + offset_j, p.channels, g.compact(), j.size, g.span, E + at, M + at);
     }
-    const bool seam = s.seam_x || s.seam_y;
+    const bool seam = s.seam_x || s.seam_y, beside = p.pooled || g.circular || g.span != g.width;
+    const FastSource source = !g.fused() ? kSums : s.seam_x ? kSeam : kState;
+    double unit = kFirstUnit;
     for (int h = 0; h < p.n_layers; ++h) {
-        const GeneralLayer& layer = p.layers[h];
-        const FastLayer<T> l = fast_layer<T>(layer);
-        const Fill<T> fill{i.array(h, kHalf), j.array(h, kHalf), i.array(h, kHalfSum), j.array(h, kHalfSum)};
+        const GeneralLayer& l = p.layers[h];
+        const FastUnits u = fast_units(l, unit);
         const bool first = h == 0, last = h == p.n_layers - 1;
-        window_sum<T>(g, s, seam ? &fill : nullptr, T(layer.cw), room.E.data, room.e.data, room.columns.data, zeros);
-        window_sum<T>(g, s, seam && first ? &fill : nullptr, T(layer.cw), room.M.data, room.m.data, room.columns.data, zeros);
-        // The rows before the partner wraps, and those after.
-        for (int part = 0; part < 2; ++part) {
-            const int r = part ? g.height - s.y : 0, count = part ? s.y : g.height - s.y;
-            const int at = r * g.span, other = (part ? 0 : s.y) * stride_j + offset_j, state = r * g.stride + g.pad;
-            const FastRows<T> a{room.e.data + at, room.m.data + at, i.array(h, kRoot) + at, i.array(h, kInverse) + at,
-                                j.array(h, kRoot) + other, j.array(h, kInverse) + other, i.array(h, kMean) + at,
-                                j.array(h, kMean) + other, i.array(h, kHalf) + at, j.array(h, kHalf) + other,
-                                room.E.data + state, room.M.data + state, room.sums.data, room.sums.data + g.span,
-                                room.sums.data + 2 * g.span, g.span, stride_j, g.stride, count};
-            if (count) fast_rows_of<T>(first, layer.p != 0.0, last, l, a, T(layer.w));
+        const FastSweep<T> a{fast_layer<double>(l, u), l.w, E, M, room.e.data, room.m.data, next_E, next_M,
+                             i.array(h, kRoot), i.array(h, kInverse), i.array(h, kMean), i.array(h, kHalf), i.array(h, kHalfSum),
+                             j.array(h, kRoot) + offset_j, j.array(h, kInverse) + offset_j, j.array(h, kMean) + offset_j,
+                             j.array(h, kHalf) + offset_j, j.array(h, kHalfSum) + offset_j, step_j, room.sums.data};
+        if (beside) {
+            finish_plane(g, s, g.fused() && s.seam_x ? a.half_j : nullptr, step_j, E);
+            finish_plane(g, s, g.fused() && s.seam_x && first ? a.half_j : nullptr, step_j, M);
         }
-        for (int r = 0; !last && (g.circular || g.span != g.width) && r < g.height; ++r) {
-            finish_row(g, room.E.data + r * g.stride + g.pad);
-            finish_row(g, room.M.data + r * g.stride + g.pad);
+        if (source == kSums) {
+            const Fill<T> fill{a.half_i, j.array(h, kHalf), a.half_sum_i, j.array(h, kHalfSum)};
+            window_sum<T>(g, s, seam ? &fill : nullptr, T(1), E, room.e.data, room.columns.data, room.sums.data + 3 * g.span);
+            window_sum<T>(g, s, seam && first ? &fill : nullptr, T(1), M, room.m.data, room.columns.data, room.sums.data + 3 * g.span);
         }
+        fast_layer_of(source, first, u.scaled, last, g, s, a);
+        T *old_E = E, *old_M = M;
+        E = next_E, M = next_M, next_E = old_E, next_M = old_M;
+        unit = u.after;
     }
-    for (int k = 0; k < 3; ++k)
-        for (int c = 0; c < g.width; ++c) total[k] += double(room.sums.data[k * g.span + c]);
+    for (int k = 0; k < 3; ++k) {
+        double sum = 0.0;
+        for (int c = 0; c < g.width; ++c) sum += double(room.sums.data[k * g.span + c]);
+        total[k] += unit * sum;
+    }
 }
 
 }  // namespace

@@ -15,8 +15,8 @@ constexpr int kMostReach = 31;
 
 NTK_INLINE int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
-// Layout of the planes. padded: rows `stride` apart with `pad` columns on both sides, what windows see outside (zeros or
-// the other end); compact: rows `span` apart. Columns width .. span - 1 hold zeros (padded) or anything finite (compact).
+// Layout of the planes. padded: rows `stride` apart with columns on both sides, what windows see outside (zeros or the other
+// end), after `pad` columns; compact: rows `span` apart. Columns width .. span - 1 hold zeros (padded) or anything finite (compact).
 template <class T>
 struct Geometry {
     int height, width, reach_y, reach_x, span, pad, stride;
@@ -24,9 +24,11 @@ struct Geometry {
 
     explicit Geometry(const ConvPlan& p)
         : height(p.height), width(p.width), reach_y(p.reach_y), reach_x(p.reach_x), span(round_up(p.width, kLanes<T>)),
-          pad(round_up(p.reach_x, kLanes<T>)), stride(span + 2 * pad), circular(p.circular) {}
+          pad(round_up(p.reach_x, kLanes<T>)), stride(span + round_up(2 * p.reach_x, kLanes<T>)), circular(p.circular) {}
     int compact() const { return height * span; }
-    int padded() const { return height * stride; }
+    int padded() const { return pad + height * stride; }
+    // Windows of three columns and three rows (or one, of a signal) are summed where they are needed.
+    bool fused() const { return reach_x == 1 && (reach_y == 1 || height == 1); }
     // Arrays of the second image hold every row twice, for shifts, with room for windows on both sides.
     int double_stride() const { return 2 * pad + round_up(width, kLanes<T>) + span; }
     int doubled() const { return height * double_stride(); }
@@ -48,6 +50,7 @@ struct Shift {
     int y, x;
     bool seam_x, seam_y;
     Masks<T> masks;
+    T* seams;  // (2, span): all bits are set in the column right of the seam, left of the seam
 };
 template <class T>
 void set_shift(const Geometry<T>& g, int y, int x, Shift<T>& s) {
@@ -55,6 +58,9 @@ void set_shift(const Geometry<T>& g, int y, int x, Shift<T>& s) {
     s.seam_x = !g.circular && x != 0;
     s.seam_y = !g.circular && y != 0;
     if (!s.seam_x) return;
+    __builtin_memset(s.seams, 0, 2 * g.span * sizeof(T));
+    __builtin_memset(s.seams + g.width - x, -1, sizeof(T));
+    __builtin_memset(s.seams + g.span + g.width - x - 1, -1, sizeof(T));
     for (int slot = 0; slot < 2 * g.reach_x; ++slot) {
         const int d = slot_offset(slot);
         T* to = s.masks.data + 3 * slot * g.span;
@@ -206,34 +212,31 @@ NTK_INLINE void finish_row(const Geometry<T>& g, T* row) {
 // One array of one image from a double plane (height, width): compact, or every row twice.
 template <class T>
 void put_plane(const Geometry<T>& g, bool twice, const double* from, T* to) {
+    const int step = twice ? g.double_stride() : g.span;
     for (int r = 0; r < g.height; ++r) {
         const double* row = from + r * g.width;
-        if (!twice) {
-            for (int c = 0; c < g.span; ++c) to[r * g.span + c] = c < g.width ? T(row[c]) : T(0);
-            continue;
-        }
-        T* start = to + r * g.double_stride();
-        for (int c = 0; c < g.double_stride(); ++c) {
-            const int at = (c - g.pad) % g.width;
-            start[c] = T(row[at < 0 ? at + g.width : at]);
-        }
+        T *start = to + r * step, *first = start + (twice ? g.pad : 0);
+        for (int c = 0; c < g.width; ++c) first[c] = T(row[c]);
+        for (int c = g.width; c < g.span && !twice; ++c) first[c] = T(0);
+        for (int c = g.width; c < step - g.pad && twice; ++c) first[c] = first[c - g.width];
+        for (int c = -1; c >= -g.pad && twice; --c) first[c] = first[c + g.width];
     }
 }
 
 // out (lines, n, inner) = sums over the window along the middle axis of in.
 static void axis_sums(const double* in, double* out, int lines, int n, int inner, int reach, bool circular) {
-    for (int line = 0; line < lines; ++line)
-        for (int c = 0; c < n; ++c) {
-            double* to = out + (std::int64_t(line) * n + c) * inner;
-            for (int k = 0; k < inner; ++k) to[k] = 0.0;
-            for (int d = -reach; d <= reach; ++d) {
-                int at = c + d;
-                if (circular) at = (at % n + n) % n;
-                if (at < 0 || at >= n) continue;
-                const double* from = in + (std::int64_t(line) * n + at) * inner;
-                for (int k = 0; k < inner; ++k) to[k] += from[k];
-            }
+    const std::int64_t size = std::int64_t(n) * inner;
+    for (int line = 0; line < lines; ++line) {
+        const double* from = in + line * size;
+        double* to = out + line * size;
+        for (std::int64_t k = 0; k < size; ++k) to[k] = from[k];
+        for (int d = -reach; d <= reach; ++d) {
+            if (d == 0) continue;
+            const std::int64_t by = std::int64_t(circular ? (d % n + n) % n : d) * inner;
+            for (std::int64_t k = by < 0 ? -by : 0; k < (by > 0 ? size - by : size); ++k) to[k] += from[k + by];
+            for (std::int64_t k = size - by; circular && k < size; ++k) to[k] += from[k + by - size];
         }
+    }
 }
 // Window sums of one image: `columns` gets those over the columns of the window.
 template <class T>

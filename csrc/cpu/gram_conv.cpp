@@ -20,7 +20,7 @@ struct Fast {
     using Room = FastRoom<T>;
     using Image = FastImage<T>;
     static std::int64_t planes(const ConvPlan& p) { return std::int64_t(p.n_layers) * fast_arrays(p) + p.channels; }
-    static int room(const ConvPlan&) { return 6; }  // planes of double to prepare an image
+    static int room(const ConvPlan&) { return 8; }  // planes of double to prepare an image
     static bool prepare(const ConvPlan& p, const Geometry<T>& g, const T* x, bool twice, double* room, T* to, int size) {
         fast_image(p, g, x, twice, room, to, size);
         return true;
@@ -126,13 +126,13 @@ bool run(const ConvPlan& p, const ConvTile& t) {
 #pragma omp parallel
     {
         typename E::Room room(p, g);
-        Buffer<T> masks(6 * std::size_t(p.reach_x) * g.span);
+        Buffer<T> masks((6 * std::size_t(p.reach_x) + 2) * g.span);
         const bool ready = room.ready() && masks.ready();
         if (!ready) {
 #pragma omp atomic write
             failed = true;
         }
-        Shift<T> s{0, 0, false, false, {masks.data, g.span}};
+        Shift<T> s{0, 0, false, false, {masks.data, g.span}, masks.data + 6 * p.reach_x * g.span};
 #pragma omp for collapse(3) schedule(dynamic)
         for (std::int64_t bi = 0; bi < blocks_i; ++bi)
             for (std::int64_t bj = 0; bj < blocks_j; ++bj)

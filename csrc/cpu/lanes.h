@@ -59,11 +59,24 @@ NTK_INLINE typename Lanes<T>::V broadcast(T x) {
 #if defined(__AVX512F__)
 NTK_INLINE __m512d fma_lanes(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 NTK_INLINE __m512 fma_lanes(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+NTK_INLINE __m512d sqrt_lanes(__m512d a) { return _mm512_maskz_sqrt_pd(-1, a); }
+NTK_INLINE __m512 sqrt_lanes(__m512 a) { return _mm512_maskz_sqrt_ps(-1, a); }
+// The second operand if one is NaN.
+NTK_INLINE __m512d max_lanes(__m512d a, __m512d b) { return _mm512_maskz_max_pd(-1, a, b); }
+NTK_INLINE __m512 max_lanes(__m512 a, __m512 b) { return _mm512_maskz_max_ps(-1, a, b); }
+NTK_INLINE __m512d min_lanes(__m512d a, __m512d b) { return _mm512_maskz_min_pd(-1, a, b); }
+NTK_INLINE __m512 min_lanes(__m512 a, __m512 b) { return _mm512_maskz_min_ps(-1, a, b); }
 NTK_INLINE void stream_lanes(double* to, __m512d v) { _mm512_stream_pd(to, v); }
 NTK_INLINE void stream_lanes(float* to, __m512 v) { _mm512_stream_ps(to, v); }
 #elif defined(__AVX2__) && defined(__FMA__)
 NTK_INLINE __m256d fma_lanes(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 NTK_INLINE __m256 fma_lanes(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+NTK_INLINE __m256d sqrt_lanes(__m256d a) { return _mm256_sqrt_pd(a); }
+NTK_INLINE __m256 sqrt_lanes(__m256 a) { return _mm256_sqrt_ps(a); }
+NTK_INLINE __m256d max_lanes(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
+NTK_INLINE __m256 max_lanes(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+NTK_INLINE __m256d min_lanes(__m256d a, __m256d b) { return _mm256_min_pd(a, b); }
+NTK_INLINE __m256 min_lanes(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
 NTK_INLINE void stream_lanes(double* to, __m256d v) { _mm256_stream_pd(to, v); }
 NTK_INLINE void stream_lanes(float* to, __m256 v) { _mm256_stream_ps(to, v); }
 #else
@@ -72,9 +85,28 @@ NTK_INLINE V fma_lanes(V a, V b, V c) {
     return a * b + c;
 }
 #ifdef __x86_64__
+NTK_INLINE __m128d sqrt_lanes(__m128d a) { return _mm_sqrt_pd(a); }
+NTK_INLINE __m128 sqrt_lanes(__m128 a) { return _mm_sqrt_ps(a); }
+NTK_INLINE __m128d max_lanes(__m128d a, __m128d b) { return _mm_max_pd(a, b); }
+NTK_INLINE __m128 max_lanes(__m128 a, __m128 b) { return _mm_max_ps(a, b); }
+NTK_INLINE __m128d min_lanes(__m128d a, __m128d b) { return _mm_min_pd(a, b); }
+NTK_INLINE __m128 min_lanes(__m128 a, __m128 b) { return _mm_min_ps(a, b); }
 NTK_INLINE void stream_lanes(double* to, __m128d v) { _mm_stream_pd(to, v); }
 NTK_INLINE void stream_lanes(float* to, __m128 v) { _mm_stream_ps(to, v); }
 #else
+template <class V>
+NTK_INLINE V sqrt_lanes(V a) {
+    for (unsigned k = 0; k < sizeof(V) / sizeof(a[0]); ++k) a[k] = sqrt_(a[k]);
+    return a;
+}
+template <class V>
+NTK_INLINE V max_lanes(V a, V b) {
+    return a > b ? a : b;
+}
+template <class V>
+NTK_INLINE V min_lanes(V a, V b) {
+    return a < b ? a : b;
+}
 template <class T>
 NTK_INLINE void stream_lanes(T* to, typename Lanes<T>::V v) {
     save_lanes(to, v);

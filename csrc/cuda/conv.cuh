@@ -56,9 +56,10 @@ struct ConvJob {
 // A layer of the fast path in the type of the arithmetic.
 template <class T>
 struct ConvLayer {
+    double after;  // unit of the state after the layer
     FastLayer<T> numbers;
-    T cw, trained;
-    int skip;
+    T trained;
+    int scaled;
 };
 
 struct ConvPair {
@@ -214,7 +215,7 @@ __device__ __forceinline__ void conv_tile(const ConvJob& job) {
         path.finish(g, from, to);
         for (int t = 0; t < kTotals; ++t) {
             const double sum = group_sum(memory, g, memory.total[t][threadIdx.x]);
-            if (g.wanted && g.lane == 0) job.parts[i64(g.unit) * kTotals + t] = sum;
+            if (g.wanted && g.lane == 0) job.parts[i64(g.unit) * kTotals + t] = path.unit() * sum;
         }
     }
 }

@@ -11,8 +11,8 @@
 
 namespace ntk {
 
-// The numbers of a layer of an image: Roots (positions,), then half variances, their sums over the columns of the window, means
-// (positions,) each; the last three are there only where somebody reads them.
+// The numbers of a layer of an image: roots and inverses (positions, 2), then half variances, their sums over the columns of the
+// window, means (positions,) each, read where there are seams or the layer is scaled.
 template <class T>
 struct RootsOf;
 template <>
@@ -87,7 +87,7 @@ struct StripWindows {
     }
     // result(k, sums) for the positions of the strip and those after the last row (which nobody wants), TOGETHER at a time.
     template <int TOGETHER, class Result>
-    __device__ __forceinline__ void each(const T* E, const T* M, T scale, Result result) const {
+    __device__ __forceinline__ void each(const T* E, const T* M, Result result) const {
         FastState<T> above = line(E, M, p.row - 1), here = line(E, M, p.row);
 #pragma unroll TOGETHER
         for (int k = 0; k < ROWS; ++k) {
@@ -100,7 +100,7 @@ struct StripWindows {
                 const T one = row_fill(!up && k < p.rows, r, -1) + row_fill(!down && k < p.rows, r, 1);
                 sum.e += one, sum.m += FIRST ? one : T(0);
             }
-            result(k, FastState<T>{scale * sum.e, scale * sum.m});
+            result(k, sum);
             above = here, here = below;
         }
     }
@@ -124,7 +124,7 @@ struct ConvFast {
     __device__ __forceinline__ int other(ConvShift s, const Strip& p, int k) const {
         return partner(row(p, k), s.y, job.height) * job.width + partner(p.column, s.x, job.width);
     }
-    // E and F of the images themselves.
+    // E and F of the images themselves, in the first unit: squares as they are.
     __device__ __forceinline__ void start(ConvShift s, const Strip& p, T* to) const {
         const int size = positions();
 #pragma unroll 1
@@ -136,12 +136,12 @@ struct ConvFast {
 #pragma unroll 1
             for (int c = 0; c < job.channels; ++c) {
                 const T x = __ldg(xi + c * size + a), y = __ldg(xj + c * size + b), minus = x - y, plus = x + y;
-                e = fma_(T(0.5) * minus, minus, e), f = fma_(T(0.5) * plus, plus, f);
+                e = fma_(minus, minus, e), f = fma_(plus, plus, f);
             }
             to[a] = e, to[size + a] = f;
         }
     }
-    template <bool FIRST, bool SKIP>
+    template <bool FIRST, bool SCALED>
     __device__ __forceinline__ void step(int h, const ConvLayer<T>& layer, ConvShift s, const Strip& p, const T* from, T* to) const {
         const int size = positions();
         const T *ni = numbers(job.i, i, h), *nj = numbers(job.j, j, h), *half_i = ni + 2 * size, *half_j = nj + 2 * size;
@@ -154,25 +154,25 @@ struct ConvFast {
             const Roots<T> a = __ldg(reinterpret_cast<const Roots<T>*>(ni) + x), b = __ldg(reinterpret_cast<const Roots<T>*>(nj) + y);
             FastPoint<T> one = {a.x, a.y, T(0), T(0)}, two = {b.x, b.y, T(0), T(0)};
             FastState<T> before = {T(0), T(0)};
-            if (SKIP) {
+            if (SCALED) {
                 before = {from[x], from[size + x]};
                 one.mean = __ldg(half_i + 2 * size + x), two.mean = __ldg(half_j + 2 * size + y);
                 if (last) one.half = __ldg(half_i + x), two.half = __ldg(half_j + y);
             }
-            const FastResult<T> r = fast_step<FIRST, SKIP>(layer.numbers, layer.trained, w, before, one, two);
+            const FastResult<T> r = fast_step<FIRST, SCALED>(layer.numbers, layer.trained, w, before, one, two);
             const bool exists = k < p.rows;
             sum.m += exists ? r.state.m : T(0), sum.e += exists ? r.s : T(0), own += exists ? r.own : T(0);
             if (exists) to[x] = r.state.e, to[size + x] = r.state.m;
         };
         if (job.reach_y == 1 && job.reach_x == 1) {
-            constexpr int together = SKIP ? 2 : kRows;  // its numbers are too many for the registers
-            StripWindows<SEAMS, FIRST, kRows, T>(job, s, p, half).template each<together>(from, from + size, layer.cw, position);
+            constexpr int together = SCALED ? 2 : kRows;  // its numbers are too many for the registers
+            StripWindows<SEAMS, FIRST, kRows, T>(job, s, p, half).template each<together>(from, from + size, position);
         } else {
 #pragma unroll 1
             for (int k = 0; k < p.rows; ++k) {
                 T w[kPlanes];
                 any_window(job, s, p.row + k, p.column, from, FIRST ? 2 : 1, half, w);
-                position(k, {layer.cw * w[0], layer.cw * w[1]});
+                position(k, {w[0], w[1]});
             }
         }
         if (!last) return;
@@ -181,10 +181,10 @@ struct ConvFast {
     }
     __device__ __forceinline__ void layer(int h, ConvShift s, const Strip& p, const T* from, T* to) const {
         const ConvLayer<T>& layer = static_cast<const ConvLayer<T>*>(job.fast)[h];
-        if (h == 0) step<true, false>(h, layer, s, p, from, to);
-        else if (layer.skip) step<false, true>(h, layer, s, p, from, to);
-        else step<false, false>(h, layer, s, p, from, to);
+        if (h == 0) return layer.scaled ? step<true, true>(h, layer, s, p, from, to) : step<true, false>(h, layer, s, p, from, to);
+        return layer.scaled ? step<false, true>(h, layer, s, p, from, to) : step<false, false>(h, layer, s, p, from, to);
     }
+    __device__ __forceinline__ double unit() const { return static_cast<const ConvLayer<T>*>(job.fast)[job.n_layers - 1].after; }
     __device__ __forceinline__ void finish(const ConvGroup&, T*, T*) const {}
 };
 

@@ -86,6 +86,8 @@ struct ConvAny {
         memory.total[0][t] += r.state.t + cov, memory.total[1][t] += cov, memory.total[2][t] += r.last;
     }
 
+    __device__ __forceinline__ double unit() const { return 1.0; }
+
     // layer_grams (flatten): own terms and factors of layer h, (2, positions), for the group of this thread.
     __device__ __forceinline__ double* own_terms(int h) const {
         const int lanes = job.groups == 1 ? int(blockDim.x) : strips_of<kRows>(job);

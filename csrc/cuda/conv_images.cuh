@@ -1,7 +1,6 @@
 // Numbers of all layers at all positions of images, made once for many pairs. A block takes an image; variances in double.
 //
-//   fast      roots and inverses of the windows' variances (positions, 2); half the variances before the layer, their sums
-//             over the columns of the window, means before the layer (positions,) each
+//   fast      those of fast_point and half variances summed over the columns of the window, in the order of conv_fast.cuh
 //   any       what conv_general.cuh lists, then the Hermite coefficients
 #pragma once
 #include "conv_fast.cuh"
@@ -40,14 +39,13 @@ struct FastImages {
         const double lam = l.cw * sum;
         return lam < least_variance(T(0)) ? 0.0 : lam;
     }
-    // The skip is p^2 and the rest of a layer is its own: rows of an image before the windows.
-    static __device__ __forceinline__ void write(const ConvJob& job, const GeneralLayer&, T* to, int size, int a, const RowNumbers& n,
-                                                 double var, double mean, const double* plane) {
-        reinterpret_cast<Roots<T>*>(to)[a] = {T(n.root), T(n.inv)};
-        if (job.layer_size < 5 * i64(size)) return;
-        to[2 * size + a] = T(0.5 * var);
-        to[3 * size + a] = T(0.5 * window_of(job, plane, a / job.width, a % job.width, 0));
-        to[4 * size + a] = T(mean);
+    static __device__ __forceinline__ void write(const ConvJob& job, const GeneralLayer& l, const FastUnits& u, T* to, int size, int a,
+                                                 const RowNumbers& n, double var, double mean, const double* plane) {
+        const FastPoint<double> p = fast_point(l, u, n.lam, mean, var);
+        reinterpret_cast<Roots<T>*>(to)[a] = {T(p.root), T(p.inv)};
+        to[2 * size + a] = T(p.half);
+        to[3 * size + a] = T(0.5 / u.before * window_of(job, plane, a / job.width, a % job.width, 0));
+        to[4 * size + a] = T(p.mean);
     }
     static __device__ __forceinline__ void coefficients(const ConvJob&, const GeneralLayer&, T*, int, int, RowNumbers&) {}
 };
@@ -60,8 +58,8 @@ struct AnyImages {
         if (l.activation == kHermite && job.tables[l.table].panels > 0)
             hermite_row(job.tables[l.table], n, to + kConvNumbers * size + a, size);
     }
-    static __device__ __forceinline__ void write(const ConvJob&, const GeneralLayer&, double* to, int size, int a, const RowNumbers& n,
-                                                 double var, double mean, const double*) {
+    static __device__ __forceinline__ void write(const ConvJob&, const GeneralLayer&, const FastUnits&, double* to, int size, int a,
+                                                 const RowNumbers& n, double var, double mean, const double*) {
         const double all[kConvNumbers] = {n.lam, n.root, n.inv, n.q, n.mu, n.a1, n.a2, n.a3, mean, 0.5 * var};
 #pragma unroll
         for (int k = 0; k < kConvNumbers; ++k) to[k * size + a] = all[k];
@@ -82,13 +80,15 @@ __device__ __forceinline__ void conv_images(const ConvJob& job) {
         var[a] = sum, mean[a] = 0.0;
     }
     __syncthreads();
+    FastUnits u{0.0, 0.0, kFirstUnit, false};
     for (int h = 0; h < job.n_layers; ++h, to += job.layer_size) {
         const GeneralLayer& l = job.layers[h];
+        u = fast_units(l, u.after);
         for (int a = int(threadIdx.x); a < size; a += threads) {
             const double lam = Images::variance(l, window_of(job, var, a / job.width, a % job.width, job.reach_y));
             RowNumbers n = activation_row(l, job.tables, lam);
             Images::coefficients(job, l, to, size, a, n);
-            Images::write(job, l, to, size, a, n, var[a], mean[a], var);
+            Images::write(job, l, u, to, size, a, n, var[a], mean[a], var);
             const RowState after = advance_row(l, {var[a], mean[a]}, n.q, n.mu);
             next[a] = after.var, mean[a] = after.mean;
         }
@@ -98,12 +98,15 @@ __device__ __forceinline__ void conv_images(const ConvJob& job) {
     }
 }
 
-// Numbers of the layers of the fast path.
+// Numbers of the layers of the fast path: a layer's unit follows from those before.
 template <class T>
 __device__ __forceinline__ void conv_layers(const ConvJob& job) {
-    for (int h = int(threadIdx.x); h < job.n_layers; h += int(blockDim.x)) {
+    if (threadIdx.x != 0) return;
+    FastUnits u{0.0, 0.0, kFirstUnit, false};
+    for (int h = 0; h < job.n_layers; ++h) {
         const GeneralLayer& l = job.layers[h];
-        static_cast<ConvLayer<T>*>(job.fast)[h] = {fast_layer<T>(l), T(l.cw), T(l.w), l.p != 0.0};
+        u = fast_units(l, u.after);
+        static_cast<ConvLayer<T>*>(job.fast)[h] = {u.after, fast_layer<T>(l, u), T(l.w), u.scaled};
     }
 }
 

@@ -58,29 +58,23 @@ NTK_CONSTANT double kArea32_2[] = {  // relative error 6.7e-9
 // Largest z of the fits; the plan of a network chooses one for every layer.
 NTK_CONSTANT double kArcRange[] = {0.5, 0.28, 0.1};
 
-template <int RANGE>
-NTK_INLINE double angle_fit(double z, double z2) {
+template <int RANGE, class T>
+NTK_INLINE T angle_fit(T z, T z2) {
+    if (Single<T>::value) {
+        if (RANGE == 0) return horner(kAngle32_0, z, z2);
+        return RANGE == 1 ? horner(kAngle32_1, z, z2) : horner(kAngle32_2, z, z2);
+    }
     if (RANGE == 0) return horner(kAngle64_0, z, z2);
-    if (RANGE == 1) return horner(kAngle64_1, z, z2);
-    return horner(kAngle64_2, z, z2);
+    return RANGE == 1 ? horner(kAngle64_1, z, z2) : horner(kAngle64_2, z, z2);
 }
-template <int RANGE>
-NTK_INLINE float angle_fit(float z, float z2) {
-    if (RANGE == 0) return horner(kAngle32_0, z, z2);
-    if (RANGE == 1) return horner(kAngle32_1, z, z2);
-    return horner(kAngle32_2, z, z2);
-}
-template <int RANGE>
-NTK_INLINE double area_fit(double z, double z2) {
+template <int RANGE, class T>
+NTK_INLINE T area_fit(T z, T z2) {
+    if (Single<T>::value) {
+        if (RANGE == 0) return horner(kArea32_0, z, z2);
+        return RANGE == 1 ? horner(kArea32_1, z, z2) : horner(kArea32_2, z, z2);
+    }
     if (RANGE == 0) return horner(kArea64_0, z, z2);
-    if (RANGE == 1) return horner(kArea64_1, z, z2);
-    return horner(kArea64_2, z, z2);
-}
-template <int RANGE>
-NTK_INLINE float area_fit(float z, float z2) {
-    if (RANGE == 0) return horner(kArea32_0, z, z2);
-    if (RANGE == 1) return horner(kArea32_1, z, z2);
-    return horner(kArea32_2, z, z2);
+    return RANGE == 1 ? horner(kArea64_1, z, z2) : horner(kArea64_2, z, z2);
 }
 
 template <class T>
@@ -95,11 +89,14 @@ struct Arc {
 //   error   relative, f64 4 ulp, f32 4 ulp                    (rows `theta`, `area` of tests/test_math.py)
 //   use     kappa1(rho) = 1 - x + area (rho >= 0), area (rho < 0); kappa0 = 1 - theta, theta
 template <int RANGE = 0, class T>
-NTK_INLINE Arc<T> arc(T x) {
-    T z = T(0.5) * x;
+NTK_INLINE Arc<T> arc_half(T z) {  // from z = x / 2
     T y = root_(z);
     T z2 = z * z;
     return {y * angle_fit<RANGE>(z, z2), y * z * area_fit<RANGE>(z, z2)};
+}
+template <int RANGE = 0, class T>
+NTK_INLINE Arc<T> arc(T x) {
+    return arc_half<RANGE>(T(0.5) * x);
 }
 
 }  // namespace ntk

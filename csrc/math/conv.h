@@ -12,31 +12,58 @@ namespace ntk {
 //   Q = n (h0 (1 - x) + h1 g),  E_Q = h0 e - h1 n g,  D = slope + h1 (1 - theta)
 //   E' = p^2 E + p q (b_i - b_j)(mu_i - mu_j) + r E_Q,   M' = p^2 M + r D m + p q (b_i mu_j + b_j mu_i) + r Q
 // The first layer has any sign and carries F, half squared norms of sums, too: 1 + rho = (f - (root_i - root_j)^2 / 2) / n.
+//
+// Numbers are kept in units that make most factors 1 (true = unit times kept): with V the unit of the state before the layer,
+// U = cw V that of its window sums, V' = r h0 U that after the layer, k = h1 / h0, kept roots s = root / sqrt(2 U), kept inverses
+// sqrt(U / 2) / root, z = x / 2:
+//   z = (e - (s_i - s_j)^2) inv_i inv_j,   E' = e - 2 k s_i s_j g,   M' = (slope / h0 + k (1 - theta)) m + s_i s_j (2 - 4 z + 2 k g)
+// A layer with a skip, or whose V' is far from 1, takes V' = 1 and multiplies (`scaled`).
 
 // Window variances below this share of the image's mean are zero: the inverse of their product must be finite.
 NTK_INLINE double least_variance(double) { return 1e-280; }
 NTK_INLINE double least_variance(float) { return 1e-32; }
 
 NTK_INLINE double mean_factor(const GeneralLayer& l) { return (1.0 - l.slope) * kInvSqrt2Pi; }
+NTK_INLINE double even_part(const GeneralLayer& l) { return 0.5 * fma_(l.slope, l.slope, 1.0); }          // h0
+NTK_INLINE double odd_part(const GeneralLayer& l) { return 0.5 * (1.0 - l.slope) * (1.0 - l.slope); }     // h1
 
-// Numbers of a layer in the type of the arithmetic; h0, h1 and slope contain the branch variance r.
+// E and F are first kept as whole squared norms.
+NTK_CONSTANT double kFirstUnit = 0.5;
+struct FastUnits {
+    double before, sums, after;  // V, U, V'
+    bool scaled;
+};
+NTK_INLINE FastUnits fast_units(const GeneralLayer& l, double before) {
+    const double sums = before * l.cw, own = sums * l.r * even_part(l);
+    const bool scaled = l.p != 0.0 || own < 0x1p-40 || own > 0x1p40;
+    return {before, sums, scaled ? 1.0 : own, scaled};
+}
+
+// Numbers of a layer in the type of the arithmetic.
 template <class T>
 struct FastLayer {
-    T skip, cross, h0, h1, slope;
+    T skip, scale, k, slope;
     bool even;
 };
 template <class T>
-NTK_INLINE FastLayer<T> fast_layer(const GeneralLayer& l) {
-    return {T(l.p * l.p), T(l.p * l.q * mean_factor(l)), T(l.r * 0.5 * fma_(l.slope, l.slope, 1.0)),
-            T(l.r * 0.5 * (1.0 - l.slope) * (1.0 - l.slope)), T(l.r * l.slope), l.slope == -1.0};
+NTK_INLINE FastLayer<T> fast_layer(const GeneralLayer& l, const FastUnits& u) {
+    const double h0 = even_part(l);
+    return {T(l.p * l.p * u.before / u.after), T(u.scaled ? u.sums * l.r * h0 / u.after : 1.0), T(odd_part(l) / h0), T(l.slope / h0),
+            l.slope == -1.0};
 }
 
-// One image at a position: root and inverse root (0 for 0) of the window's variance; mean and half the variance before the
-// layer. The last two are for skips only.
+// One image at a position: root and inverse root (0 for 0) of the window's variance; mean (with its factors) and half the
+// variance before the layer. The last two are for scaled layers only.
 template <class T>
 struct FastPoint {
     T root, inv, mean, half;
 };
+// lam: variance of the window; mean, var: before the layer.
+NTK_INLINE FastPoint<double> fast_point(const GeneralLayer& l, const FastUnits& u, double lam, double mean, double var) {
+    const double root = sqrt_(lam);
+    return {root * sqrt_(0.5 / u.sums), root > 0.0 ? sqrt_(0.5 * u.sums) / root : 0.0,
+            l.p * l.q * mean_factor(l) * sqrt_(2.0 * u.sums) / u.after * mean, 0.5 * var / u.before};
+}
 template <class T>
 struct FastState {
     T e, m;  // E and M, or their window sums; F in place of M before the first layer
@@ -44,61 +71,50 @@ struct FastState {
 
 template <class T>
 struct FastTerms {
-    T n, x;  // x - 2 if rho < 0
-    T q, eq, d;  // r Q, r E_Q, r D
+    T q, e, d;  // Q, E_Q and D, in units of U h0
+    T cov;      // C, in units of U
     T difference;
 };
 template <class T>
-NTK_INLINE FastTerms<T> fast_terms(const FastLayer<T>& l, T e, FastPoint<T> i, FastPoint<T> j) {
+NTK_INLINE FastTerms<T> fast_terms(const FastLayer<T>& l, T e, const FastPoint<T>& i, const FastPoint<T>& j) {
     const T difference = i.root - j.root, n = i.root * j.root;
-    T x = at_least(fma_(T(-0.5) * difference, difference, e), T(0)) * i.inv * j.inv;
-    x = x > T(1) ? T(1) : x;
-    const Arc<T> u = arc(x);
-    const T area = n * u.area;
-    return {n, x, fma_(l.h1, area, l.h0 * (n - n * x)), fma_(l.h0, e, -l.h1 * area), fma_(l.h1, T(1) - u.theta, l.slope), difference};
+    const T z = at_most(at_least(fma_(-difference, difference, e), T(0)) * i.inv * j.inv, T(0.5));
+    const Arc<T> u = arc_half(z);
+    const T area = (l.k + l.k) * u.area, cosine = fma_(T(-4), z, T(2));
+    return {n * (cosine + area), fma_(-n, area, e), fma_(-l.k, u.theta, l.slope + l.k), n * cosine, difference};
 }
 // The first layer: f in place of m.
 template <class T>
-NTK_INLINE FastTerms<T> fast_first(const FastLayer<T>& l, T e, T f, FastPoint<T> i, FastPoint<T> j) {
-    const T difference = i.root - j.root, n = i.root * j.root, half = T(0.5) * difference * difference;
-    const bool negative = f < e;
-    const T near = negative ? f : e;
-    T x = at_least(near - half, T(0)) * i.inv * j.inv;
-    x = x > T(1) ? T(1) : x;
-    const Arc<T> u = arc(x);
-    const T area = n * u.area, c = n - n * x;
-    const bool below = negative && !l.even;
-    const T q = below ? fma_(l.h1, area + c, -l.h0 * c) : fma_(l.h1, area, l.h0 * c);
-    const T eq = below ? fma_(l.h0, T(0.5) * (e + f), -q) : fma_(l.h0, near, -l.h1 * area);
-    return {n, negative ? x - T(2) : x, q, eq, fma_(l.h1, negative ? u.theta : T(1) - u.theta, l.slope), difference};
-}
-template <class T>
-NTK_INLINE T signed_cosine(T x) {
-    return x < T(0) ? T(1) + x : T(1) - x;
+NTK_INLINE FastTerms<T> fast_first(const FastLayer<T>& l, T e, T f, const FastPoint<T>& i, const FastPoint<T>& j) {
+    const T difference = i.root - j.root, n = i.root * j.root;
+    const auto negative = f < e;
+    const T near = choose(negative, f, e);
+    const T z = at_most(at_least(fma_(-difference, difference, near), T(0)) * i.inv * j.inv, T(0.5));
+    const Arc<T> u = arc_half(z);
+    const T area = n * ((l.k + l.k) * u.area), cov = n * fma_(T(-4), z, T(2));
+    const T q = fma_(l.k - T(1), cov, area);  // if rho < 0
+    const T d = fma_(l.k, choose(negative, u.theta, T(1) - u.theta), l.slope), signed_cov = choose(negative, T(0) - cov, cov);
+    if (l.even) return {cov + area, near - area, d, signed_cov, difference};
+    return {choose(negative, q, cov + area), choose(negative, fma_(T(0.5), e + f, -q), near - area), d, signed_cov, difference};
 }
 
 // What a layer leaves at a position: its state, S alone and the layer's own term r D C. E may round to a little below 0, which
-// is caught where x is formed.
+// is caught where z is formed.
 template <class T>
 struct FastResult {
     FastState<T> state;
     T s, own;
 };
-// w: sums over the window times cw; before: the state at the position (for skips); trained: w of the first layer, 0 or 1.
-template <bool FIRST, bool SKIP, class T>
-NTK_INLINE FastResult<T> fast_step(const FastLayer<T>& l, T trained, FastState<T> w, FastState<T> before, FastPoint<T> i, FastPoint<T> j) {
+// w: sums over the window; before: the state at the position (if scaled); trained: w of the first layer, 0 or 1.
+template <bool FIRST, bool SCALED, class T>
+NTK_INLINE FastResult<T> fast_step(const FastLayer<T>& l, T trained, const FastState<T>& w, const FastState<T>& before,
+                                   const FastPoint<T>& i, const FastPoint<T>& j) {
     const FastTerms<T> t = FIRST ? fast_first(l, w.e, w.m, i, j) : fast_terms(l, w.e, i, j);
     const T m = FIRST ? trained * T(0.5) * (w.m - w.e) : w.m;
-    T s = t.q, e = t.eq, kernel = t.d * m;
-    if (SKIP) {
-        s = fma_(l.cross, fma_(i.mean, j.root, j.mean * i.root), s);
-        kernel = fma_(l.skip, before.m, kernel);
-        e = fma_(l.skip, before.e, fma_(l.cross * (i.mean - j.mean), t.difference, e));
-    }
-    kernel += s;
-    if (SKIP) s = fma_(l.skip, (i.half + j.half) - before.e, s);
-    const T cosine = FIRST ? signed_cosine(t.x) : T(1) - t.x;
-    return {{e, kernel}, s, t.d * (t.n * cosine)};
+    if (!SCALED) return {{t.e, fma_(t.d, m, t.q)}, t.q, t.d * t.cov};
+    const T d = l.scale * t.d, branch = fma_(i.mean, j.root, fma_(j.mean, i.root, l.scale * t.q));
+    return {{fma_(l.skip, before.e, fma_(i.mean - j.mean, t.difference, l.scale * t.e)), fma_(l.skip, before.m, fma_(d, m, branch))},
+            fma_(l.skip, (i.half + j.half) - before.e, branch), d * t.cov};
 }
 
 // Any layer, in double.

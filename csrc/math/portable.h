@@ -81,6 +81,25 @@ template <class T>
 NTK_INLINE T at_least(T x, T low) {
     return x < low ? low : x;
 }
+template <class T>
+NTK_INLINE T at_most(T x, T high) {
+    return x > high ? high : x;
+}
+// c ? yes : no, also for types whose comparisons are masks.
+template <class T>
+NTK_INLINE T choose(bool c, T yes, T no) {
+    return c ? yes : no;
+}
+
+// Whether the constants of T need single precision only.
+template <class T>
+struct Single {
+    static constexpr bool value = false;
+};
+template <>
+struct Single<float> {
+    static constexpr bool value = true;
+};
 
 // c[0] + c[1] x + ... + c[N-1] x^(N-1), x2 = x^2. Even and odd terms are two independent chains: one chain of N fused
 // operations would leave the multipliers idle for most of its latency.

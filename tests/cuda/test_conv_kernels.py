@@ -109,7 +109,7 @@ def test_general(gpu, name):
 
 
 @DTYPES
-@pytest.mark.parametrize(("name", "n", "m"), [("flatten", 1, 1), ("flatten", 19, 3), ("residual, pooled", 2, 5)])
+@pytest.mark.parametrize(("name", "n", "m"), [("flatten", 1, 1), ("flatten", 7, 3), ("one axis", 2, 5)])
 def test_two_sets(gpu, name, n, m, dtype):
     net, grid = FAST[name]
     x, y = images(n, grid, dtype), images(m, grid, dtype, seed=1)
@@ -190,13 +190,13 @@ def test_the_shape_of_a_launch():
     assert conv.Shape.of(64, 64, True, False, 8, 99 << 10).planes == 6 * 4096 * 8
 
 
-@pytest.mark.parametrize("name", ["flatten", "pooled, circular", "biases"])
+@pytest.mark.parametrize("name", ["residual", "one axis", "erf, residual"])
 def test_results_do_not_depend_on_the_launches(gpu, monkeypatch, name):
     net, grid = (FAST | GENERAL)[name]
     x, y = images(6, grid), images(3, grid, seed=2)
     whole = nf.gram(net, x, device="cuda"), nf.gram(net, x, y, device="cuda")
     count = len(gpu.launched)
-    monkeypatch.setattr(conv, "LAUNCH", dict.fromkeys(conv.LAUNCH, 1500))
+    monkeypatch.setattr(conv, "LAUNCH", dict.fromkeys(conv.LAUNCH, 1000))
     monkeypatch.setattr(conv, "_PARTS", 1500)
     monkeypatch.setattr(conv, "_SQUARE", 2)
     monkeypatch.setattr(conv, "_IMAGES", 40000)

@@ -36,8 +36,8 @@ _RUN = 16
 _SQUARE = 16
 #: Most threads of a block; planes of the general and the fast path (csrc/cuda/conv_general.cuh, conv_fast.cuh).
 _THREADS, _PLANES = layout.THREADS, (3, 2)
-#: Numbers of a layer at a position: roots and inverses; with half variances, their sums and means; general ones.
-_SHORT, _LONG, _ANY = 2, 5, 10
+#: Numbers of a layer at a position: of the general path without Hermite coefficients, and of the fast path.
+_NUMBERS = (10, 5)
 #: Blocks at a time if they need scratch in global memory: eight on every multiprocessor of any device.
 _BLOCKS = 2048
 
@@ -112,9 +112,7 @@ class ConvWorker:
         self.plan = layout.DevicePlan(arguments, self.dtype, gpu.upload)
         self.layers = self.plan.suffix_layers
         self.seams = bool(pooled and not circular)
-        numbers = _ANY + problem.terms
-        if problem.fast:
-            numbers = _LONG if self.seams or np.any(arguments[4][:, 0] != 0) else _SHORT
+        numbers = _NUMBERS[problem.fast] + (0 if problem.fast else problem.terms)
         self.layer_size = -(-numbers * self.shape.positions // 2) * 2  # pairs of numbers are read at once
         self.record = record = np.zeros(1, layout.CONV_JOB)
         record["layers"], record["tables"] = self.plan.record["suffix"], self.plan.record["tables"]

@@ -62,7 +62,7 @@ CONV_JOB = _struct(
     OUTPUTS), grams=SLICES,
 )  # fmt: skip
 #: bytes of ConvMemory, in front of the planes, and of ConvLayer<T>
-CONV_MEMORY, CONV_LAYER = 8192, {"f64": 72, "f32": 36}
+CONV_MEMORY, CONV_LAYER = 8192, {"f64": 64, "f32": 40}
 
 #: Pairs of a block are SQUARE x SQUARE, its threads THREADS; scratch of a block of layer_grams for every layer.
 THREADS = 256
