@@ -1,10 +1,11 @@
 // Bias-free convolutional networks with a positively homogeneous activation (the twin of ../cpu/conv_fast.h): planes E and M
 // in the type of the results, strips of four rows.
 //
-//   cost      a position and layer, float32, window of 3 x 3: 14 fused multiply-adds of the two fits, a square root, about 25
-//             operations of the layer, 12 of the windows; 9 loads and 2 stores of shared memory, which serves a quarter of
-//             the lanes that compute: arithmetic is what binds. 21 layers of 32 x 32 are 21,504 such steps a pair (flatten),
-//             1024 times as many for pooled kernels
+//   cost      a position and layer, float32, window of 3 x 3, compiled for sm_90: 139 instructions and no branch without seams
+//             (70 of arithmetic: 14 fused multiply-adds of the two fits, an inverse root, 16 of the windows; 11 accesses of shared
+//             memory, 3 of global memory), about 150 with seams. 21 layers of 32 x 32 are 21,504 such steps a pair, 1024 times as
+//             many for pooled kernels. Shared memory serves a quarter of the lanes that compute, and 11 is a twelfth: issuing
+//             instructions is what binds
 //   numbers   root and inverse of both images, 16 bytes a position and layer, from the caches: pairs come in squares of images
 #pragma once
 #include "conv.cuh"
@@ -62,37 +63,55 @@ struct StripWindows {
         return fma_(join_right, plane[at + right], fma_(join_left, plane[at + left], plane[at]));
     }
     static __device__ __forceinline__ T load_if(bool wanted, const T* from) { return wanted ? __ldg(from) : T(0); }
-    // Columns of row r that lie in one image only: beside a seam in the first, beside the border of the first in the second.
-    __device__ __forceinline__ T columns_fill(int r) const {
-        const int at = r * job.width + p.column, other = partner(r, s.y, job.height) * job.width + other_column;
-        const T* from_left = p.column > 0 ? half.i + at - 1 : half.j + other - 1;
-        const T* from_right = p.column + 1 < job.width ? half.i + at + 1 : half.j + other + 1;
-        return load_if(join_left == T(0), from_left) + load_if(join_right == T(0), from_right);
+    // Columns beside rows first_row .. first_row + LINES - 1 that lie in one image only: beside a seam in the first, beside the border of
+    // the first in the second. Few lanes have any, and those one.
+    template <int LINES>
+    __device__ __forceinline__ void columns_fill(int first_row, T (&sum)[LINES]) const {
+#pragma unroll
+        for (int k = 0; k < LINES; ++k) sum[k] = T(0);
+        if (SEAMS && s.x != 0) {
+            beside_fill(-1, first_row, sum);
+            beside_fill(1, first_row, sum);
+        }
     }
-    // The same for row r + d beside row r.
+    template <int LINES>
+    __device__ __forceinline__ void beside_fill(int side, int first_row, T (&sum)[LINES]) const {
+        if ((side < 0 ? join_left : join_right) != T(0)) return;
+        const bool first = inside(p.column + side, job.width);
+        const T* from = (first ? half.i : half.j) + side;
+#pragma unroll
+        for (int k = 0; k < LINES; ++k) {
+            const int r = row(first_row + k);
+            sum[k] += __ldg(from + (first ? r * job.width + p.column : partner(r, s.y, job.height) * job.width + other_column));
+        }
+    }
+    // Row r + d beside row r, summed over its columns.
     __device__ __forceinline__ T row_fill(bool wanted, int r, int d) const {
         const T* from = inside(r + d, job.height) ? half.sum_i + (r + d) * job.width + p.column
                                                   : half.sum_j + (partner(r, s.y, job.height) + d) * job.width + other_column;
         return load_if(wanted, from);
     }
     // Row r of E and M, summed over columns; in the first layer M is F.
-    __device__ __forceinline__ FastState<T> line(const T* E, const T* M, int r) const {
-        const int inner = row(r), at = inner * job.width + p.column;
-        FastState<T> sum = {columns(E, at), columns(M, at)};
-        if (SEAMS && s.x != 0) {
-            const T one = columns_fill(inner);
-            sum.e += one, sum.m += FIRST ? one : T(0);
-        }
-        return sum;
+    __device__ __forceinline__ FastState<T> line(const T* E, const T* M, int r, T fill) const {
+        const int at = row(r) * job.width + p.column;
+        const T e = columns(E, at), m = columns(M, at);
+        return {SEAMS ? e + fill : e, SEAMS && FIRST ? m + fill : m};
     }
     // result(k, sums) for the positions of the strip and those after the last row (which nobody wants), TOGETHER at a time.
     template <int TOGETHER, class Result>
     __device__ __forceinline__ void each(const T* E, const T* M, Result result) const {
-        FastState<T> above = line(E, M, p.row - 1), here = line(E, M, p.row);
+        // All at once where the loop is unrolled: its index is a number then.
+        constexpr int lines = TOGETHER == ROWS ? ROWS + 2 : 2;
+        T fill[lines];
+        columns_fill(p.row - 1, fill);
+        FastState<T> above = line(E, M, p.row - 1, fill[0]), here = line(E, M, p.row, fill[1]);
 #pragma unroll TOGETHER
         for (int k = 0; k < ROWS; ++k) {
             const int r = p.row + k;
-            const FastState<T> below = line(E, M, r + 1);
+            T next[1];
+            if (lines == 2) columns_fill(r + 1, next);
+            else next[0] = fill[lines == 2 ? 0 : k + 2];
+            const FastState<T> below = line(E, M, r + 1, next[0]);
             const bool up = joined(r), down = joined(r + 1);
             const T a = T(up), b = T(down);
             FastState<T> sum = {fma_(a, above.e, fma_(b, below.e, here.e)), fma_(a, above.m, fma_(b, below.m, here.m))};
@@ -165,7 +184,7 @@ struct ConvFast {
             if (exists) to[x] = r.state.e, to[size + x] = r.state.m;
         };
         if (job.reach_y == 1 && job.reach_x == 1) {
-            constexpr int together = SCALED ? 2 : kRows;  // its numbers are too many for the registers
+            constexpr int together = SCALED ? 2 : kRows;  // as many as the registers hold
             StripWindows<SEAMS, FIRST, kRows, T>(job, s, p, half).template each<together>(from, from + size, position);
         } else {
 #pragma unroll 1

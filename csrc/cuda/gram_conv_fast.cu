@@ -8,7 +8,7 @@
     }
 NTK_CONV(gram_conv_fast_f64, double, false, true, 2)
 NTK_CONV(gram_conv_fast_f32, float, false, true, 2)
-NTK_CONV(gram_conv_seams_f64, double, true, true, 2)
+NTK_CONV(gram_conv_seams_f64, double, true, true, 1)
 NTK_CONV(gram_conv_seams_f32, float, true, true, 2)
 NTK_CONV(gram_conv_far_f64, double, true, false, 1)
 NTK_CONV(gram_conv_far_f32, float, true, false, 1)

@@ -37,7 +37,7 @@ REGISTERS = {
     "gram_conv_general_f64": 128,
     "gram_conv_general_far_f64": 128,
     "gram_conv_seams_f32": 128,
-    "gram_conv_seams_f64": 128,
+    "gram_conv_seams_f64": 208,
     "gram_dense_f32": 128,
     "gram_dense_f64": 128,
     "gram_general_f32": 128,
