@@ -116,6 +116,69 @@ def test_hard_images_against_forty_digits(build, padding, readout):
                 assert_close(getattr(K, kind)[0, 0], float(wanted[kind]), scale, bound)
 
 
+def photographs(height, width):
+    """CIFAR-like: smooth colours in multiples of 1/256. A photograph; objects on its background and on flat ones of two
+    brightnesses; a near copy; a zero border; a third of the photograph; one flat image."""
+    rng = np.random.default_rng(5)
+    y, x = np.mgrid[:height, :width][..., None] / 8.0
+    waves = np.sin(x * rng.uniform(0.2, 2, 3) + y * rng.uniform(0.2, 2, 3) + rng.uniform(0, 6, 3))
+    X = np.repeat(0.5 + 0.3 * waves[None], 8, axis=0) + rng.normal(0, 0.03, (8, height, width, 3))
+    thing = (slice(height // 3, height // 2 + 1), slice(width // 3, width // 2 + 1))
+    inside = [image[thing].copy() for image in X]
+    X[1:] = X[0]
+    X[2], X[3] = 0.75, 0.3125
+    X[1][thing], X[2][thing], X[3][thing] = inside[1:4]
+    X = np.round(np.clip(X, 0, 1) * 256) / 256
+    X[4, height // 2, width // 2, 0] += 1 / 256
+    X[5, :2], X[5, -2:], X[5, :, :2], X[5, :, -2:] = 0, 0, 0, 0
+    X[6] = X[0] / 3
+    X[7] = 0.125
+    return X.astype(np.float32).astype(np.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("readout", "padding", "grid", "window"), [
+    ("flatten", "zeros", (16, 17), 3), ("flatten", "circular", (7, 9), 5), ("flatten", "zeros", (40,), 3),
+    ("gap", "zeros", (6, 5), 3), ("gap", "circular", (5, 5), 3), ("gap", "zeros", (5, 6), 5)])  # fmt: skip
+def test_photographs_against_forty_digits(readout, padding, grid, window):
+    net = nf.conv_net(4, readout=readout, padding=padding, window=window)
+    X = photographs(*grid) if len(grid) == 2 else photographs(8, *grid)[:, 4]
+    pairs = [(0, 1), (0, 4), (0, 5), (0, 6), (2, 3), (1, 6), (2, 7), (3, 7)]
+    own = [float(conv_oracle.pair(net, x, x)["ntk"]) for x in X]
+    wanted = {(i, j): float(conv_oracle.pair(net, X[i], X[j])["ntk"]) for i, j in pairs}
+    for dtype, bound in BOUND.items():
+        K = nf.gram(net, X, dtype=dtype)
+        for (i, j), value in wanted.items():
+            assert_close(K[i, j], value, (own[i] * own[j]) ** 0.5, bound)
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40])
+def test_every_width_and_every_seam(width):
+    X = images(2, (2, width), 18)
+    general = nf.Activation.leaky_relu(1e-13)  # another loop, same kernel
+    for padding, readout in LAYOUTS:
+        for window, build in ((3, nf.conv_net), (3, nf.conv_resnet), (5, nf.conv_net)):
+            options = {"padding": padding, "readout": readout, "window": window}
+            wanted = nf.gram(build(3, general, **options), X)
+            for dtype, bound in BOUND.items():
+                K = nf.gram(build(3, **options), X, dtype=dtype)
+                assert_close(K, wanted, wanted.max(), max(bound, 1e-11))
+
+
+def test_multiples_keep_their_digits():
+    # s(c u) = c s(u): the kernel of an image and its multiple is a multiple of the kernel of the image and itself.
+    for grid in ((5, 9), (3, 17), (7,)):
+        X = images(2, grid, 19)
+        Y = np.array([X[0] / 3, -X[0] / 3])
+        for window, (padding, readout) in itertools.product((1, 3, 5), LAYOUTS):
+            for net in (nf.conv_net(9, "relu", window=window, padding=padding, readout=readout, gain=9.0),
+                        nf.conv_net(2, "abs", window=window, padding=padding, readout=readout)):  # fmt: skip
+                wanted = nf.gram(net, X[:1], np.array([X[0], -X[0]])) / 3
+                scale = nf.gram(net, X[:1])[0, 0] / 3
+                for dtype, bound in BOUND.items():
+                    assert_close(nf.gram(net, X[:1], Y, dtype=dtype), wanted, scale, bound)
+
+
 def test_pooling_against_the_definition_where_background_is_constant():
     # All shifts of a constant background correlate exactly; the definition itself is good to 1e-8 there.
     X = np.full((2, 8, 8, 1), 0.25)

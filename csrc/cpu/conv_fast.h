@@ -3,73 +3,11 @@
 // The formulas are in csrc/math/conv.h. Only the first layer may be frozen. A layer goes down the plane, some registers wide:
 // it sums the columns of the next row of windows, keeps three such sums and writes the new state to a second plane.
 #pragma once
-#include "../math/conv.h"
-#include "conv_planes.h"
+#include "conv_exact.h"
 #include "pack.h"
 
 namespace ntk {
 namespace {
-
-// Arrays of one layer of one image (FastPoint): the last three only if a layer is scaled or there are seams. kHalfSum: kHalf summed over
-// the columns of the window.
-enum FastArray { kRoot, kInverse, kHalf, kHalfSum, kMean };
-static int fast_arrays(const ConvPlan& p) {
-    bool all = p.pooled && !p.circular;
-    double unit = kFirstUnit;
-    for (int h = 0; h < p.n_layers; ++h) {
-        const FastUnits u = fast_units(p.layers[h], unit);
-        all = all || u.scaled, unit = u.after;
-    }
-    return all ? kMean + 1 : kInverse + 1;
-}
-
-template <class T>
-struct FastImage {
-    const T* data;  // (n_layers, arrays, size), then the channels, (channels, size)
-    int size;       // of a plane, compact or doubled
-    int arrays;
-    // The first one if there is no such array: nobody reads it then.
-    const T* array(int layer, int a) const { return data + (std::int64_t(layer) * arrays + (a < arrays ? a : 0)) * size; }
-};
-
-// Numbers of all layers of one image. x: (channels, positions); room: (8, positions).
-template <class T>
-void fast_image(const ConvPlan& p, const Geometry<T>& g, const T* x, bool twice, double* room, T* to, int size) {
-    const int n = g.height * g.width, arrays = fast_arrays(p);
-    double *var = room, *mean = room + n, *columns = room + 2 * n, *lam = room + 3 * n, *made = room + 4 * n;
-    for (int k = 0; k < n; ++k) var[k] = mean[k] = 0.0;
-    for (int c = 0; c < p.channels; ++c) {
-        for (int k = 0; k < n; ++k) made[k] = double(x[c * n + k]), var[k] += made[k] * made[k];
-        put_plane(g, twice, made, to + (std::int64_t(p.n_layers) * arrays + c) * size);
-    }
-    double unit = kFirstUnit;
-    for (int h = 0; h < p.n_layers; ++h) {
-        const GeneralLayer& l = p.layers[h];
-        const FastUnits u = fast_units(l, unit);
-        T* out = to + std::int64_t(h) * arrays * size;
-        window_variances(g, var, columns, lam);
-        for (int k = 0; k < n; ++k) {
-            lam[k] = l.cw * lam[k] < least_variance(T(0)) ? 0.0 : l.cw * lam[k];
-            const FastPoint<double> point = fast_point(l, u, lam[k], mean[k], var[k]);
-            made[k] = point.root, made[k + n] = point.inv, made[k + 2 * n] = point.mean, made[k + 3 * n] = point.half;
-        }
-        put_plane(g, twice, made, out + kRoot * size);
-        put_plane(g, twice, made + n, out + kInverse * size);
-        if (arrays > kHalf) {
-            put_plane(g, twice, made + 2 * n, out + kMean * size);
-            put_plane(g, twice, made + 3 * n, out + kHalf * size);
-            for (int k = 0; k < n; ++k) columns[k] *= 0.5 / u.before;
-            put_plane(g, twice, columns, out + kHalfSum * size);
-        }
-        const double factor = mean_factor(l), second = l.r * even_part(l);
-        for (int k = 0; k < n; ++k) {
-            const double mu = factor * sqrt_(lam[k]);
-            var[k] = l.p * l.p * var[k] + 2.0 * l.p * l.q * mean[k] * mu + second * lam[k];
-            mean[k] = l.p * mean[k] + l.q * mu;
-        }
-        unit = u.after;
-    }
-}
 
 // A layer of one plane. Arrays of the second image point to its shifted column 0, with rows step_j apart.
 template <class T>
@@ -81,6 +19,7 @@ struct FastSweep {
     const T *root_i, *inv_i, *mean_i, *half_i, *half_sum_i, *root_j, *inv_j, *mean_j, *half_j, *half_sum_j;
     int step_j;
     T* totals;                      // (3, span) of the last layer: M, S, own term
+    T* loss;                        // (span,) of the first layer: largest loss of a column
 };
 
 // Where window sums come from: planes of sums, the state, the state with a seam between two columns.
@@ -133,7 +72,7 @@ __attribute__((noinline)) static void fast_sweep(const Geometry<T>& geometry, co
     const P trained(a.trained), zero(0.0);
     FastWindow<SOURCE, U, T> w{g, a, {}, {}, 0, s.y, g.circular && g.reach_y, s.seam_y};
     for (int c = w.c = 0; c < g.span; c = w.c += P::kWidth) {
-        P totals[3] = {zero, zero, zero};
+        P totals[3] = {zero, zero, zero}, loss = zero;
         int shift = s.y;  // of the partner's row
         auto step = [&](int r, const P& e, const P& m) __attribute__((always_inline)) {
             const int i = r * g.span + c, j = (r + shift) * a.step_j + c, state = r * g.stride + g.pad + c;
@@ -143,6 +82,7 @@ __attribute__((noinline)) static void fast_sweep(const Geometry<T>& geometry, co
                                       SCALED && LAST ? load_pack<U>(a.half_j + j) : zero};
             const FastState<P> before{SCALED ? load_pack<U>(a.E + state) : zero, SCALED ? load_pack<U>(a.M + state) : zero};
             const FastResult<P> result = fast_step<FIRST, SCALED>(l, trained, FastState<P>{e, m}, before, first, second);
+            if (FIRST) loss = at_least(loss, result.loss);
             if (LAST) totals[0] = totals[0] + result.state.m, totals[1] = totals[1] + result.s, totals[2] = totals[2] + result.own;
             else save_pack(a.to_E + state, result.state.e), save_pack(a.to_M + state, result.state.m);
         };
@@ -162,6 +102,7 @@ __attribute__((noinline)) static void fast_sweep(const Geometry<T>& geometry, co
             step(r, (e_above + w.beyond(a.E, r, 1, true)) + e_here, (m_above + w.beyond(a.M, r, 1, FIRST)) + m_here);
             ++r;
         }
+        if (FIRST) save_pack(a.loss + c, loss);
         for (int k = 0; LAST && k < 3; ++k) save_pack(a.totals + k * g.span + c, totals[k]);
     }
 }
@@ -209,22 +150,6 @@ NTK_INLINE void start_row(const T* x, const T* y, int channels, int x_step, int 
     else start_row_of<0>(x, y, channels, x_step, y_step, n, E, F);
 }
 
-// What one thread needs for a plane of one pair.
-template <class T>
-struct FastRoom {
-    Buffer<T> E, M, e, m, columns, sums;  // E and M twice: before and after a layer
-    FastRoom(const ConvPlan&, const Geometry<T>& g)
-        : E(2 * g.padded()), M(2 * g.padded()), e(g.fused() ? 0 : g.compact()), m(g.fused() ? 0 : g.compact()),
-          columns(g.fused() ? 0 : g.compact()), sums(4 * g.span) {
-        if (!ready()) return;
-        for (int k = 0; k < 2 * g.padded(); ++k) E.data[k] = M.data[k] = T(0);
-        for (int c = 0; c < 4 * g.span; ++c) sums.data[c] = T(0);
-    }
-    bool ready() const {
-        return E.ready() && M.ready() && e.ready() && m.ready() && columns.ready() && sums.ready();
-    }
-};
-
 // The columns beside the rows of a plane that a layer reads: what finish_row says, or what is there in one image only.
 template <class T>
 NTK_INLINE void finish_plane(const Geometry<T>& g, const Shift<T>& s, const T* half_j, int step_j, T* plane) {
@@ -238,6 +163,16 @@ NTK_INLINE void finish_plane(const Geometry<T>& g, const Shift<T>& s, const T* h
             row[-1] = row[g.width] = T(0);
         }
     }
+}
+
+// Whether patches of different norms are so close to multiples of each other that the first layer lost digits.
+template <class T>
+static bool parallel(const ConvPlan& p, const Geometry<T>& g, const T* loss) {
+    T most = T(0);
+    for (int c = 0; c < g.width; ++c) most = loss[c] > most ? loss[c] : most;
+    bool skip = false;
+    for (int h = 0; h < p.n_layers; ++h) skip = skip || p.layers[h].p != 0.0;
+    return most > T(least_loss(T(0))) && !skip;
 }
 
 // All layers of one plane; total (3,) += T + S, S, own term of the last layer, over its positions.
@@ -261,7 +196,7 @@ void fast_plane(const ConvPlan& p, const Geometry<T>& g, const Shift<T>& s, cons
         const FastSweep<T> a{fast_layer<double>(l, u), l.w, E, M, room.e.data, room.m.data, next_E, next_M,
                              i.array(h, kRoot), i.array(h, kInverse), i.array(h, kMean), i.array(h, kHalf), i.array(h, kHalfSum),
                              j.array(h, kRoot) + offset_j, j.array(h, kInverse) + offset_j, j.array(h, kMean) + offset_j,
-                             j.array(h, kHalf) + offset_j, j.array(h, kHalfSum) + offset_j, step_j, room.sums.data};
+                             j.array(h, kHalf) + offset_j, j.array(h, kHalfSum) + offset_j, step_j, room.sums.data, room.sums.data + 4 * g.span};
         if (beside) {
             finish_plane(g, s, g.fused() && s.seam_x ? a.half_j : nullptr, step_j, E);
             finish_plane(g, s, g.fused() && s.seam_x && first ? a.half_j : nullptr, step_j, M);
@@ -272,6 +207,7 @@ void fast_plane(const ConvPlan& p, const Geometry<T>& g, const Shift<T>& s, cons
             window_sum<T>(g, s, seam && first ? &fill : nullptr, T(1), M, room.m.data, room.columns.data, room.sums.data + 3 * g.span);
         }
         fast_layer_of(source, first, u.scaled, last, g, s, a);
+        if (first && parallel(p, g, a.loss)) return exact_plane(p, g, s, i, j, room, total);
         T *old_E = E, *old_M = M;
         E = next_E, M = next_M, next_E = old_E, next_M = old_M;
         unit = u.after;

@@ -74,28 +74,59 @@ struct FastTerms {
     T q, e, d;  // Q, E_Q and D, in units of U h0
     T cov;      // C, in units of U
     T difference;
+    T loss;     // of the first layer
 };
+// From z; e: what E_Q starts from.
 template <class T>
-NTK_INLINE FastTerms<T> fast_terms(const FastLayer<T>& l, T e, const FastPoint<T>& i, const FastPoint<T>& j) {
-    const T difference = i.root - j.root, n = i.root * j.root;
-    const T z = at_most(at_least(fma_(-difference, difference, e), T(0)) * i.inv * j.inv, T(0.5));
+NTK_INLINE FastTerms<T> fast_terms_at(const FastLayer<T>& l, T n, T z, T e, T difference) {
     const Arc<T> u = arc_half(z);
     const T area = (l.k + l.k) * u.area, cosine = fma_(T(-4), z, T(2));
-    return {n * (cosine + area), fma_(-n, area, e), fma_(-l.k, u.theta, l.slope + l.k), n * cosine, difference};
+    return {n * (cosine + area), fma_(-n, area, e), fma_(-l.k, u.theta, l.slope + l.k), n * cosine, difference, T(0)};
 }
-// The first layer: f in place of m.
 template <class T>
-NTK_INLINE FastTerms<T> fast_first(const FastLayer<T>& l, T e, T f, const FastPoint<T>& i, const FastPoint<T>& j) {
-    const T difference = i.root - j.root, n = i.root * j.root;
-    const auto negative = f < e;
-    const T near = choose(negative, f, e);
-    const T z = at_most(at_least(fma_(-difference, difference, near), T(0)) * i.inv * j.inv, T(0.5));
+NTK_INLINE FastTerms<T> fast_terms(const FastLayer<T>& l, T e, const FastPoint<T>& i, const FastPoint<T>& j) {
+    const T difference = i.root - j.root;
+    const T z = at_most(at_least(fma_(-difference, difference, e), T(0)) * i.inv * j.inv, T(0.5));
+    return fast_terms_at(l, i.root * j.root, z, e, difference);
+}
+// The first layer, negative: rho < 0; near: what E_Q starts from if |rho| is near 1, half: what it starts from if rho < 0.
+template <class T, class Mask>
+NTK_INLINE FastTerms<T> fast_first_at(const FastLayer<T>& l, T n, T z, Mask negative, T near, T half, T difference, T loss) {
     const Arc<T> u = arc_half(z);
     const T area = n * ((l.k + l.k) * u.area), cov = n * fma_(T(-4), z, T(2));
     const T q = fma_(l.k - T(1), cov, area);  // if rho < 0
     const T d = fma_(l.k, choose(negative, u.theta, T(1) - u.theta), l.slope), signed_cov = choose(negative, T(0) - cov, cov);
-    if (l.even) return {cov + area, near - area, d, signed_cov, difference};
-    return {choose(negative, q, cov + area), choose(negative, fma_(T(0.5), e + f, -q), near - area), d, signed_cov, difference};
+    if (l.even) return {cov + area, near - area, d, signed_cov, difference, loss};
+    return {choose(negative, q, cov + area), choose(negative, half - q, near - area), d, signed_cov, difference, loss};
+}
+
+// Where patches are nearly multiples of each other, of different norms, z is the small difference of (s_i - s_j)^2 inv_i inv_j = y
+// and its like: it is off by eps y, theta by eps y / sqrt(z). That is too much where y - loss_ratio z exceeds least_loss.
+template <class T>
+NTK_INLINE T loss_ratio() { return T(Single<T>::value ? 1e4 : 1e6); }
+NTK_INLINE double least_loss(double) { return 1e-10; }
+NTK_INLINE double least_loss(float) { return 1e-6; }
+
+// The first layer: f in place of m.
+template <class T>
+NTK_INLINE FastTerms<T> fast_first(const FastLayer<T>& l, T e, T f, const FastPoint<T>& i, const FastPoint<T>& j) {
+    const T difference = i.root - j.root, inverse = i.inv * j.inv, square = difference * difference;
+    const auto negative = f < e;
+    const T near = choose(negative, f, e);
+    const T z = at_most(at_least(near - square, T(0)) * inverse, T(0.5));
+    const T loss = fma_(-loss_ratio<T>(), z, square * inverse);
+    return fast_first_at(l, i.root * j.root, z, negative, near, T(0.5) * (e + f), difference, loss);
+}
+
+// The same without loss: the state is X = n - C, in place of E, and n + C, in place of F; apart: what different norms within the
+// windows add to z, the sum of (a_i inv_i - a_j inv_j)^2 over the window, a the kept norm at a position (s of the layer before).
+//   z = apart + X inv_i inv_j,   X' = 4 s_i s_j z - 2 k s_i s_j g
+template <bool FIRST, class T>
+NTK_INLINE FastTerms<T> exact_terms(const FastLayer<T>& l, T x, T y, T apart, const FastPoint<T>& i, const FastPoint<T>& j) {
+    const T n = i.root * j.root;
+    const auto negative = y < x;
+    const T z = at_most(fma_(FIRST ? choose(negative, y, x) : x, i.inv * j.inv, apart), T(0.5)), near = T(4) * n * z;
+    return FIRST ? fast_first_at(l, n, z, negative, near, n + n, T(0), T(0)) : fast_terms_at(l, n, z, near, T(0));
 }
 
 // What a layer leaves at a position: its state, S alone and the layer's own term r D C. E may round to a little below 0, which
@@ -103,18 +134,23 @@ NTK_INLINE FastTerms<T> fast_first(const FastLayer<T>& l, T e, T f, const FastPo
 template <class T>
 struct FastResult {
     FastState<T> state;
-    T s, own;
+    T s, own, loss;
 };
 // w: sums over the window; before: the state at the position (if scaled); trained: w of the first layer, 0 or 1.
+template <bool FIRST, bool SCALED, class T>
+NTK_INLINE FastResult<T> fast_result(const FastLayer<T>& l, T trained, const FastTerms<T>& t, const FastState<T>& w,
+                                     const FastState<T>& before, const FastPoint<T>& i, const FastPoint<T>& j) {
+    const T m = FIRST ? trained * T(0.5) * (w.m - w.e) : w.m;
+    if (!SCALED) return {{t.e, fma_(t.d, m, t.q)}, t.q, t.d * t.cov, t.loss};
+    const T d = l.scale * t.d, branch = fma_(i.mean, j.root, fma_(j.mean, i.root, l.scale * t.q));
+    return {{fma_(l.skip, before.e, fma_(i.mean - j.mean, t.difference, l.scale * t.e)), fma_(l.skip, before.m, fma_(d, m, branch))},
+            fma_(l.skip, (i.half + j.half) - before.e, branch), d * t.cov, t.loss};
+}
 template <bool FIRST, bool SCALED, class T>
 NTK_INLINE FastResult<T> fast_step(const FastLayer<T>& l, T trained, const FastState<T>& w, const FastState<T>& before,
                                    const FastPoint<T>& i, const FastPoint<T>& j) {
     const FastTerms<T> t = FIRST ? fast_first(l, w.e, w.m, i, j) : fast_terms(l, w.e, i, j);
-    const T m = FIRST ? trained * T(0.5) * (w.m - w.e) : w.m;
-    if (!SCALED) return {{t.e, fma_(t.d, m, t.q)}, t.q, t.d * t.cov};
-    const T d = l.scale * t.d, branch = fma_(i.mean, j.root, fma_(j.mean, i.root, l.scale * t.q));
-    return {{fma_(l.skip, before.e, fma_(i.mean - j.mean, t.difference, l.scale * t.e)), fma_(l.skip, before.m, fma_(d, m, branch))},
-            fma_(l.skip, (i.half + j.half) - before.e, branch), d * t.cov};
+    return fast_result<FIRST, SCALED>(l, trained, t, w, before, i, j);
 }
 
 // Any layer, in double.

@@ -1,0 +1,71 @@
+// Numbers of one image at all layers of a bias-free convolutional network with a positively homogeneous activation.
+#pragma once
+#include "../math/conv.h"
+#include "conv_planes.h"
+
+namespace ntk {
+namespace {
+
+// Arrays of one layer of one image (FastPoint): the last three only if a layer is scaled or there are seams. kHalfSum: kHalf summed over
+// the columns of the window.
+enum FastArray { kRoot, kInverse, kHalf, kHalfSum, kMean };
+static int fast_arrays(const ConvPlan& p) {
+    bool all = p.pooled && !p.circular;
+    double unit = kFirstUnit;
+    for (int h = 0; h < p.n_layers; ++h) {
+        const FastUnits u = fast_units(p.layers[h], unit);
+        all = all || u.scaled, unit = u.after;
+    }
+    return all ? kMean + 1 : kInverse + 1;
+}
+
+template <class T>
+struct FastImage {
+    const T* data;  // (n_layers, arrays, size), then the channels, (channels, size)
+    int size;       // of a plane, compact or doubled
+    int arrays;
+    // The first one if there is no such array: nobody reads it then.
+    const T* array(int layer, int a) const { return data + (std::int64_t(layer) * arrays + (a < arrays ? a : 0)) * size; }
+};
+
+// Numbers of all layers of one image. x: (channels, positions); room: (8, positions).
+template <class T>
+void fast_image(const ConvPlan& p, const Geometry<T>& g, const T* x, bool twice, double* room, T* to, int size) {
+    const int n = g.height * g.width, arrays = fast_arrays(p);
+    double *var = room, *mean = room + n, *columns = room + 2 * n, *lam = room + 3 * n, *made = room + 4 * n;
+    for (int k = 0; k < n; ++k) var[k] = mean[k] = 0.0;
+    for (int c = 0; c < p.channels; ++c) {
+        for (int k = 0; k < n; ++k) made[k] = double(x[c * n + k]), var[k] += made[k] * made[k];
+        put_plane(g, twice, made, to + (std::int64_t(p.n_layers) * arrays + c) * size);
+    }
+    double unit = kFirstUnit;
+    for (int h = 0; h < p.n_layers; ++h) {
+        const GeneralLayer& l = p.layers[h];
+        const FastUnits u = fast_units(l, unit);
+        T* out = to + std::int64_t(h) * arrays * size;
+        window_variances(g, var, columns, lam);
+        for (int k = 0; k < n; ++k) {
+            lam[k] = l.cw * lam[k] < least_variance(T(0)) ? 0.0 : l.cw * lam[k];
+            const FastPoint<double> point = fast_point(l, u, lam[k], mean[k], var[k]);
+            made[k] = point.root, made[k + n] = point.inv, made[k + 2 * n] = point.mean, made[k + 3 * n] = point.half;
+        }
+        put_plane(g, twice, made, out + kRoot * size);
+        put_plane(g, twice, made + n, out + kInverse * size);
+        if (arrays > kHalf) {
+            put_plane(g, twice, made + 2 * n, out + kMean * size);
+            put_plane(g, twice, made + 3 * n, out + kHalf * size);
+            for (int k = 0; k < n; ++k) columns[k] *= 0.5 / u.before;
+            put_plane(g, twice, columns, out + kHalfSum * size);
+        }
+        const double factor = mean_factor(l), second = l.r * even_part(l);
+        for (int k = 0; k < n; ++k) {
+            const double mu = factor * sqrt_(lam[k]);
+            var[k] = l.p * l.p * var[k] + 2.0 * l.p * l.q * mean[k] * mu + second * lam[k];
+            mean[k] = l.p * mean[k] + l.q * mu;
+        }
+        unit = u.after;
+    }
+}
+
+}  // namespace
+}  // namespace ntk
