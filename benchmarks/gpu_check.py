@@ -29,6 +29,7 @@ from typing import Any
 
 import gpu_finite
 import numpy as np
+from gpu_images import image_cases, measure_images
 
 import ntkfast as nf
 from ntkfast import _bench
@@ -36,7 +37,7 @@ from ntkfast._cuda import CudaUnavailable, compiler, layout, load_cupy
 from ntkfast._cuda import gram as gpu_gram
 
 HERE = Path(__file__).resolve().parent
-KERNELS = ("points", *layout.SQUARE, "jacobian")
+KERNELS = ("points", *layout.SQUARE, "conv_images", "gram_conv_fast", "gram_conv_general", "conv_results", "jacobian")
 TOOLS = ("memcheck", "racecheck", "initcheck")
 Report = dict[str, Any]
 
@@ -55,6 +56,15 @@ for net in (nf.resnet(3), nf.resnet(2, "erf"), nf.Network([nf.Dense("tanh", bias
         for os.environ["NTKFAST_PATH"] in ("table", "recursion"):
             assert np.isfinite(nf.gram(net, z, get=("ntk", "nngp"), device="cuda")).all()
         assert np.isfinite(nf.layer_grams(net, z, z[:9], device="cuda")).all()
+x = np.random.default_rng(0).normal(size=(5, 6, 7, 2)); x[3] = x[4]; x[2] = 0; x[1, :2] = 0
+for readout in ("flatten", "gap"):
+    for net in (nf.conv_net(2, readout=readout), nf.conv_resnet(2, readout=readout),
+                nf.conv_net(2, "erf", readout=readout)):
+        for dtype in ("float64", "float32"):
+            z = (x / 4).astype(dtype)
+            assert np.isfinite(nf.gram(net, z, get=("ntk", "nngp"), device="cuda")).all()
+            if readout == "flatten":
+                assert np.isfinite(nf.layer_grams(net, z, z[:2], device="cuda")).all()
 """
     + gpu_finite.SANITIZED
 )
@@ -98,6 +108,8 @@ TARGETS = (
     ("recursion, fully_connected(10), float64: share of the FMA rate", 0.5, True),
     ("layer by layer in CuPy over ours, depth 10", 10.0, True),
     (*gpu_finite.TARGET, False),
+    ("conv_net(21) flatten, 32x32x3, float32: microseconds an entry", 0.15, False),
+    ("conv_net(21) gap, 32x32x3, float32: microseconds an entry", 150.0, False),
 )
 
 
@@ -334,6 +346,7 @@ def run_benchmarks(report: Report, n: int, d: int, rounds: int, width: int, base
         gpu_gram.Gpu(cupy.cuda.Device().id), lambda call: device_times(cupy, call, max(3, rounds // 3)),
         finite_sizes(n, d, width), {dtype: rate["copy"]["GB/s"] for dtype, rate in rates.items()},
     )  # fmt: skip
+    report["images"] = [measure_images(case, max(3, rounds // 8)) for case in image_cases(n)]
     report["targets"] = targets(report)
 
 
@@ -353,12 +366,14 @@ def targets(report: Report) -> list[Report]:
     double = [r for r in report["cases"] if r["dtype"] == "float64"]
     tables = [r for r in double if r["path"] == "table"]
     deep = [r for r in double if r["path"] == "recursion" and r["case"] == "fully_connected(10)"]
+    single = [r for r in report.get("images", []) if r["dtype"] == "float32"]
     values = (
         float(np.max([r["over_product"] for r in tables])) if tables else None,  # NaN comes through
         float(np.min([r["of_copy"] for r in tables])) if tables else None,
         deep[0]["of_fma"] if deep else None,
         report["baseline"][0]["over_ours"] if report["baseline"] else None,
         float(np.max([r["over_products"] for r in report["finite"]["jacobian_gram"]])) if "finite" in report else None,
+        *(next((r["us_an_entry"] for r in single if r["readout"] == readout), None) for readout in ("flatten", "gap")),
     )
     return [line(name, value, *rest) for (name, *rest), value in zip(TARGETS, values, strict=True)]
 
@@ -374,6 +389,7 @@ def plan(n: int, d: int, rounds: int, width: int) -> str:
         f"    streaming to the host, n = {max(64, n // 2)}",
         f"    layer by layer in CuPy, n = {max(64, n // 4)}",
         "    finite networks: n = {}, d = {}, width {}, depth {}; K3".format(*finite_sizes(n, d, width)),
+        *(f"    {case.name}" for case in image_cases(n)),
         "targets:",
         *(f"    {name} {'>=' if least else '<='} {limit:g}" for name, limit, least in TARGETS),
     ]

@@ -377,7 +377,7 @@ def test_descriptions():
         (lambda: nf.gram(nf.conv_net(1), np.ones((2, 3, 3, 1)), np.ones((2, 3, 3, 2))), "channels"),
         (lambda: nf.gram(nf.conv_net(1), np.full((2, 3, 3, 1), np.nan)), "row 0"),
         (lambda: nf.gram(nf.conv_net(1), np.ones((0, 3, 3, 1))), "empty"),
-        (lambda: nf.gram(nf.conv_net(1), np.ones((2, 3, 3, 1)), device="cuda"), "CPU only"),
+        (lambda: nf.gram(nf.conv_net(1), np.ones((2, 3, 3, 1)), device="gpu"), "use None, 'cpu', 'cuda'"),
         (lambda: nf.gram(nf.conv_net(1), np.ones((2, 3, 3, 1)), data_format="NCHW"), "channels_first"),
         (lambda: nf.gram(nf.resnet(1), np.ones((2, 3)), data_format="channels_first"), "for images"),
         (lambda: nf.layer_grams(nf.conv_net(1, readout="gap"), np.ones((2, 3, 3, 1))), "flatten"),

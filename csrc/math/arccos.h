@@ -90,7 +90,7 @@ struct Arc {
 //   use     kappa1(rho) = 1 - x + area (rho >= 0), area (rho < 0); kappa0 = 1 - theta, theta
 template <int RANGE = 0, class T>
 NTK_INLINE Arc<T> arc_half(T z) {  // from z = x / 2
-    T y = sqrt_(z);
+    T y = root_(z);
     T z2 = z * z;
     return {y * angle_fit<RANGE>(z, z2), y * z * area_fit<RANGE>(z, z2)};
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from ntkfast import _core, _hermite
 from ntkfast._arrays import allocate, as_numpy, check_memory, result_dtype
+from ntkfast._cuda import conv as gpu_conv
+from ntkfast._cuda.device import find_place
+from ntkfast._cuda.gram import Backend, Output, Slices
 from ntkfast._images import Side, grid_first, prepared
 from ntkfast._plan import _HERMITE, _IDS, _STEP, _expanded, _suffix_row, _table
 from ntkfast._tiles import Progress, Tile, record_of
@@ -80,13 +83,16 @@ class Problem:
     def __init__(
         self, net: ConvNetwork, X: Any, Y: Any, dtype: Any, device: Any, data_format: str, *, own: bool = False
     ) -> None:
-        if device is not None and device != "cpu":
-            raise ValueError(f"device={device!r}: convolutional networks run on the CPU only so far; use device=None")
-        x, self.wrap = as_numpy(X, "X")
+        place = find_place(device, ("X", X), ("Y", Y))
+        self.gpu = None if place is None else Backend(place, X)
+        # Images on a device are fetched once: their scales, variances and Hermite tables are made on the host.
+        there = self.gpu if place is not None and place.resident else None
+        read: Callable[[Any, str], tuple[Array, Callable[[Any], Any]]] = there.fetch if there else as_numpy
+        x, self.wrap = read(X, "X")
         x, grid = grid_first(x, "X", data_format)
         y = None
         if Y is not None:
-            y, other = grid_first(as_numpy(Y, "Y")[0], "Y", data_format)
+            y, other = grid_first(read(Y, "Y")[0], "Y", data_format)
             if other != grid:
                 raise ValueError(f"X has images of {grid} positions and Y of {other}")
             if x.shape[1] != y.shape[1]:
@@ -179,6 +185,12 @@ class Problem:
             var = np.sum([np.take(wide, range(d, d + n), axis=axis) for d in range(2 * r + 1)], axis=0)
         return var
 
+    def allocate(self, out: Any, shapes: list[tuple[int, ...]], names: Sequence[str]) -> list[Any]:
+        """The given outputs, checked, or new ones where the images are."""
+        if self.gpu is not None:
+            return self.gpu.allocate(out, shapes, self.dtype, names, [])
+        return allocate(out, shapes, self.dtype, names, [self.x.images, self.y.images])
+
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.x), len(self.y)
@@ -261,6 +273,9 @@ def parts(problem: Problem, tile: Tile, *, slices: bool) -> Iterator[Part]:
 
 def diagonal_sums(problem: Problem, side: Side) -> Vector:
     """(3, n): the sums of every image with itself."""
+    if problem.gpu is not None:
+        totals: Vector = problem.gpu.call(lambda gpu: gpu_conv.ConvWorker(gpu, problem, [], None).totals(side))
+        return totals
     result = np.zeros((3, len(side)))
     one = 1e-9 * problem.nanoseconds()
     for part in _cuts(len(side), min(problem.side(), max(1, int(_CALL / one)))):
@@ -341,7 +356,7 @@ def _fill(problem: Problem, outs: list[Any], make: Any, progress: bool, *, slice
 def gram(problem: Problem, kinds: tuple[str, ...], normalize: bool, out: Any, progress: bool) -> list[Any]:
     """The kernels of ``kinds``."""
     mixes = [_mix(problem.net, kind, problem.positions) for kind in kinds]
-    outs = allocate(out, [problem.shape] * len(kinds), problem.dtype, kinds, [problem.x.images, problem.y.images])
+    outs = problem.allocate(out, [problem.shape] * len(kinds), kinds)
 
     def factors(side: Side, name: str) -> list[Vector]:
         sums = diagonal_sums(problem, side)
@@ -350,6 +365,14 @@ def gram(problem: Problem, kinds: tuple[str, ...], normalize: bool, out: Any, pr
 
     left = factors(problem.x, "X")
     right = left if problem.symmetric else factors(problem.y, "Y")
+
+    if problem.gpu is not None:
+        exact = problem.symmetric and normalize
+        gpu_conv.fill(problem, outs, [
+            Output([m.theta, m.cov, 0.0, m.last], f, g, f, g, (f > 0).astype(np.float64) if exact else None)
+            for m, f, g in zip(mixes, left, right, strict=True)
+        ], None, progress)  # fmt: skip
+        return outs
 
     def make(k: int, part: Part) -> Array:
         return (mixes[k].of(part.sums) * left[k][part.rows][:, None]) * right[k][part.cols]
@@ -369,9 +392,7 @@ def layer_grams(problem: Problem, out: Any, progress: bool) -> Any:
         raise ValueError('layer_grams of a ConvNetwork is there for readout="flatten" only')
     trained = [k for k, layer in enumerate(net.layers) if layer.trained]
     count = len(net.slices)
-    (result,) = allocate(
-        out, [(count, *problem.shape)], problem.dtype, ["layer_grams"], [problem.x.images, problem.y.images]
-    )
+    (result,) = problem.allocate(out, [(count, *problem.shape)], ["layer_grams"])
     mix = _mix(net, "ntk", problem.positions)
 
     def factors(side: Side, name: str) -> Vector:
@@ -379,6 +400,13 @@ def layer_grams(problem: Problem, out: Any, progress: bool) -> Any:
 
     left = factors(problem.x, "X")
     right = left if problem.symmetric else factors(problem.y, "Y")
+
+    if problem.gpu is not None:
+        readout = count - 1 if net.readout.trained else -1
+        grams = Slices(left * net.readout.weight_variance, right, readout, 1.0, 0.0)
+        if count:
+            gpu_conv.fill(problem, [result], [], grams, progress)
+        return result
 
     def make(_: int, part: Part) -> Array:
         slices = part.slices[trained] if part.slices is not None else np.zeros((0, *part.sums.shape[1:]))
@@ -407,8 +435,11 @@ def plan(net: ConvNetwork, X: Any) -> str:
     planes = f"all {problem.positions} shifts" if problem.pooled else "equal positions only"
     state = "half squared distances" if problem.fast else "half squared distances and norms of sums, in float64"
     seconds = 0.5e-9 * n * (n + 1) * problem.nanoseconds()
+    where, time = f"{_core.isa()} with {_core.threads()} threads", f"; about {seconds:.2g} s"
+    if problem.gpu is not None:
+        where, time = f"on {problem.gpu.name}", ""
     return (
         f"recursion on planes of positions: {len(net.layers)} layers, {planes}, {state}\n"
-        f"{n} images of {grid} positions and {problem.x.images.shape[1]} channels, {problem.dtype}, {_core.isa()} with "
-        f"{_core.threads()} threads\nresult {n * n * problem.dtype.itemsize / 1e6:,.0f} MB; about {seconds:.2g} s"
+        f"{n} images of {grid} positions and {problem.x.images.shape[1]} channels, {problem.dtype}, {where}\n"
+        f"result {n * n * problem.dtype.itemsize / 1e6:,.0f} MB{time}"
     )

@@ -64,11 +64,9 @@ class Problem:
     def allocate(self, out: Any, shape: tuple[int, ...], names: Sequence[str]) -> list[Any]:
         """The given outputs, checked, or new ones where the inputs are."""
         shapes, inputs = [shape] * len(names), [self.x.rows, self.y.rows]
-        if self.gpu is not None and out is None and self.gpu.resident:
-            return self.gpu.empty(shapes, self.dtype)
-        if self.gpu is not None and out is not None:
-            out = self.gpu.views(out, inputs)
-        return allocate(out, shapes, self.dtype, names, [x for x in inputs if isinstance(x, np.ndarray)])
+        if self.gpu is not None:
+            return self.gpu.allocate(out, shapes, self.dtype, names, inputs)
+        return allocate(out, shapes, self.dtype, names, inputs)
 
     def path(self, mixes: Sequence[Mix]) -> Path:
         """Table or recursion."""

@@ -215,9 +215,9 @@ class FakeCupy(Functions, types.ModuleType):
     class OutOfMemoryError(MemoryError):
         pass
 
-    def __init__(self, devices=1, memory=1 << 30, lazy=True, seed=0):
+    def __init__(self, devices=1, memory=1 << 30, lazy=True, seed=0, shared=227 << 10):
         super().__init__("cupy")
-        self.lazy, self.memory, self.seed = lazy, memory, seed
+        self.lazy, self.memory, self.seed, self.shared = lazy, memory, seed, shared
         self.numbers, self.streams, self.graveyard = itertools.count(1 << 20), {}, []
         self.used, self.most_used = [0] * devices, [0] * devices
         self.math_modes = dict.fromkeys((1000 + k for k in range(devices)), 0)
@@ -305,6 +305,7 @@ class FakeCupy(Functions, types.ModuleType):
         runtime = types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: devices, getDevice=lambda: owner.device,
             driverGetVersion=lambda: 13000, runtimeGetVersion=lambda: 13000, memGetInfo=lambda: Device().mem_info,
+            deviceGetAttribute=lambda number, k: {97: owner.shared}[number],  # what a block may ask for
             setDevice=lambda k: Device(k).use(), deviceSynchronize=lambda: Device().synchronize(),
         )  # fmt: skip
         cublas = types.SimpleNamespace(

@@ -29,7 +29,7 @@ def check():
     spec.loader.exec_module(module)
     yield module
     sys.path.remove(str(ROOT / "benchmarks"))
-    for name in ("gpu_check", "gpu_finite"):
+    for name in ("gpu_check", "gpu_finite", "gpu_images"):
         del sys.modules[name]
 
 
@@ -37,8 +37,10 @@ def test_dry_run(check, capsys):
     assert check.main(["--dry-run", "--n", "1000"]) == 0
     text = capsys.readouterr().out
     for part in (
-        "gram_dense, gram_general, gram_table, layer_grams, jacobian",
+        "gram_dense, gram_general, gram_table, layer_grams, conv_images, gram_conv_fast",
+        "conv_results, jacobian",
         "finite networks: n = 500, d = 784, width 4096, depth 5",
+        "conv_net(21), gap, 32x32x3, 4 images, float32",
         "n = 1000, d = 784",
         "resnet(10), float64, table",
         "fully_connected(10), float32, recursion",
@@ -70,7 +72,7 @@ def test_operations_of_the_layers(check):
 )
 def test_targets(check, value, verdict):
     report = {"cases": [], "baseline": [] if value is None else [{"over_ours": value}]}
-    assert [t["verdict"] for t in check.targets(report)] == ["not measured"] * 3 + [verdict, "not measured"]
+    assert [t["verdict"] for t in check.targets(report)] == ["not measured"] * 3 + [verdict] + ["not measured"] * 3
 
 
 def test_targets_look_at_the_slowest_table(check):
@@ -109,6 +111,8 @@ def gpu(check, monkeypatch):
 def test_everything_but_tests_and_sanitizer(check, gpu, tmp_path, monkeypatch):
     benchmarks = check.run_benchmarks
     monkeypatch.setattr(check, "run_benchmarks", lambda *arguments: benchmarks(*arguments, baseline=False))
+    images = check.measure_images
+    monkeypatch.setattr(check, "measure_images", lambda case, rounds: images(case, rounds, grid=4, depth=3))
     assert (
         check.main(
             [
@@ -153,6 +157,11 @@ def test_everything_but_tests_and_sanitizer(check, gpu, tmp_path, monkeypatch):
         "limit": "<= 1.15", "measured": 1.0, "verdict": "PASS",
     }  # fmt: skip
     assert all(r["third_order_kernel"]["ms"] == 2.0 for r in report["finite"]["third_order_kernel"])
+    assert [(r["readout"], r["dtype"]) for r in report["images"]] == [
+        (readout, dtype) for readout in ("flatten", "gap") for dtype in ("float32", "float64")
+    ]
+    assert report["targets"][5]["measured"] == report["images"][0]["us_an_entry"] > 0
+    assert report["targets"][6]["measured"] == report["images"][2]["us_an_entry"] > 0
 
 
 def test_a_case_on_another_path_is_an_error(check, gpu, monkeypatch):

@@ -1,4 +1,5 @@
-"""Every kernel of csrc/cuda, run on the CPU by the simulator, against the CPU's own kernels.
+"""Every kernel of csrc/cuda, run on the CPU by the simulator, against the CPU's own kernels (convolutional networks in
+test_conv_kernels.py).
 
 The tests run in the simulator's plain mode; `test_sanitizers` runs them again under the sanitizers of addresses and
 undefined behaviour, and of threads.
@@ -275,7 +276,8 @@ def test_the_host_packs_the_structs_of_the_kernels():
     simulate.build("csrc/cuda/layout.cu").launch("layout", 1, 1, [sizes])
     dtypes = np.float64, np.float32
     records = [layout.JOB, *map(layout.prefix_layer, dtypes), layout.GENERAL_LAYER, layout.HERMITE_TABLE]
-    wanted = [r.itemsize for r in (*records, *map(layout.table_panels, dtypes))]
+    wanted = [r.itemsize for r in (*records, *map(layout.table_panels, dtypes), layout.CONV_JOB)]
+    wanted += [*layout.CONV_LAYER.values(), layout.CONV_MEMORY]
     wanted += [layout.SHARED[module, dtype] for module in layout.SQUARE for dtype in ("f64", "f32")]
     assert sizes.tolist() == wanted + [-1] * (40 - len(wanted))
 
@@ -299,7 +301,7 @@ def test_sanitizers(mode):
     if simulate.missing(mode):
         pytest.skip(simulate.missing(mode))
     simulate.build_all(SOURCES, mode)
-    files = [__file__, str(Path(__file__).with_name("test_jacobian_kernels.py"))]
+    files = [__file__, *(str(Path(__file__).with_name(f"test_{name}_kernels.py")) for name in ("conv", "jacobian"))]
     done = simulate.python(mode, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *files, timeout=1500)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert " passed" in done.stdout

@@ -12,13 +12,14 @@ import ntkfast as nf
 from ntkfast._cuda import CudaUnavailable, load_cupy
 from ntkfast._cuda import gram as gpu_gram
 
+WHY = ""
 try:
     cupy = load_cupy()
 except CudaUnavailable as reason:
     cupy = None
     WHY = str(reason)
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(cupy is None, reason="" if cupy else WHY)]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(cupy is None, reason=WHY)]
 
 KINDS = ("ntk", "nngp", "last_hidden")
 NET = nf.resnet(10)

@@ -8,14 +8,16 @@ is new is listed first):
                     get(stream=None, out=None, blocking=True)
     empty(shape, dtype), asarray(NumPy array) (a copy on the current device), ascontiguousarray(x), from_dlpack(x)
     cuda.Device(k)  context manager, .id; cuda.Device() is the current one
-    cuda.runtime    getDeviceCount(), memGetInfo() -> (free, total); get_default_memory_pool().free_bytes()
+    cuda.runtime    getDeviceCount(), memGetInfo() -> (free, total), deviceGetAttribute(number, device);
+                    get_default_memory_pool().free_bytes()
     cuda            get_current_stream(), Stream(non_blocking=True), ExternalStream(ptr): context managers,
-                    synchronize(), record() -> event, wait_event(event); alloc_pinned_memory(bytes): has the buffer
-                    protocol; get_cublas_handle()
+                    synchronize(), record() -> event, wait_event(event); Event(disable_timing=True): record(),
+                    synchronize(); alloc_pinned_memory(bytes): has the buffer protocol; get_cublas_handle()
     cuda.cublas     sgemm, dgemm (handle, op_a, op_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc: addresses),
                     sgemmStridedBatched, dgemmStridedBatched (a distance behind every ld, the number last),
                     getMathMode(handle), setMathMode(handle, mode)
-    kernels         compiler.py: kernel(grid, block, args, shared_mem=bytes), args: device arrays and NumPy scalars
+    kernels         compiler.py: kernel(grid, block, args, shared_mem=bytes), max_dynamic_shared_size_bytes = bytes;
+                    args: device arrays, NumPy scalars, structures as NumPy arrays of one record
     finite networks arithmetic of arrays and numbers, NumPy's functions on arrays: ufuncs with out=, where, empty_like,
                     zeros_like, ones_like, full_like (with shape=), broadcast_to, moveaxis, sliding_window_view;
                     assignment to slices;
@@ -39,6 +41,8 @@ Array = NDArray[Any]
 
 #: kDLCUDA and kDLCUDAManaged of DLPack
 _CUDA = (2, 13)
+#: cudaDevAttrMaxSharedMemoryPerBlockOptin of the CUDA runtime, and what a block may have without asking
+_SHARED_OPTIN, _SHARED = 97, 48 << 10
 _LEGAL = "use None, 'cpu', 'cuda', 'cuda:1' or a list of different CUDA devices"
 
 
@@ -168,6 +172,16 @@ class Gpu:
         """What can be allocated: free, or held by CuPy for the next who asks."""
         return int(self.cupy.cuda.runtime.memGetInfo()[0]) + int(self.cupy.get_default_memory_pool().free_bytes())
 
+    def shared_bytes(self) -> int:
+        """Shared memory that a block may have."""
+        return int(self.cupy.cuda.runtime.deviceGetAttribute(_SHARED_OPTIN, self.index))
+
+    def event(self) -> Any:
+        """A point in the current stream that can be waited for."""
+        event = self.cupy.cuda.Event(disable_timing=True)
+        event.record()
+        return event
+
     def product(self, x: Any, y: Any, out: Any, accumulate: bool = False) -> None:
         """out (+)= x y^T by cuBLAS, (n, d) and (m, d) to (n, m), rows contiguous."""
         self.multiply(x, y, out, transposed=(False, True), accumulate=accumulate)
@@ -202,6 +216,8 @@ class Gpu:
     def launch(self, module: str, kernel: str, blocks: int, threads: int, shared: int, *arguments: Any) -> None:
         """Start a kernel of csrc/cuda/<module>.cu on the current stream."""
         function = compiler.load(module).get_function(kernel)
+        if shared > _SHARED:
+            function.max_dynamic_shared_size_bytes = shared
         function((blocks,), (threads,), arguments, shared_mem=shared)
 
 

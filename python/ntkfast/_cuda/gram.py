@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkfast._arrays import OutOfMemoryError, Points, not_finite, scale_exponents
+from ntkfast._arrays import OutOfMemoryError, Points, allocate, not_finite, scale_exponents
 from ntkfast._cuda import layout
 from ntkfast._cuda.device import Gpu, Place, as_cupy, contiguous_rows, index_of, row_stride, stream_of
 from ntkfast._cuda.tiles import Share, TileWorker, in_parallel, resident_tiles, stream_tiles
@@ -107,6 +107,12 @@ class Backend:
 
         return view, wrap
 
+    def fetch(self, x: Any, name: str) -> tuple[Array, Callable[[Any], Any]]:
+        """A copy in host memory of a user's array on the device, and the way back."""
+        view, wrap = self.view(x, name)
+        with self.here():
+            return view.get(), wrap
+
     def points(self, x: Any, name: str, dtype: np.dtype[Any]) -> Points:
         """as_points of ntkfast._arrays for a matrix on the device: checks, norms, a copy only if it is needed."""
         with self.here() as gpu:
@@ -157,6 +163,21 @@ class Backend:
             raise ValueError("the arrays of out= must all be on the device or all in host memory")
         return result
 
+    def allocate(
+        self, out: Any, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any], names: Sequence[str],
+        inputs: Sequence[Any],
+    ) -> list[Any]:  # fmt: skip
+        """The given outputs, checked, or new ones where the inputs are."""
+        if out is None and self.resident:
+            return self.empty(shapes, dtype)
+        views = None if out is None else self.views(out, inputs)
+        return allocate(views, shapes, dtype, names, [x for x in inputs if isinstance(x, np.ndarray)])
+
+    def call(self, work: Callable[[Gpu], Any]) -> Any:
+        """A result of the first device."""
+        with self.here() as gpu:
+            return work(gpu)
+
     def run(
         self, problem: Any, outs: Sequence[Any], outputs: Sequence[Output], slices: Slices | None, progress: Any
     ) -> None:
@@ -164,9 +185,10 @@ class Backend:
         self.fill(problem, outs, lambda gpu: Worker(gpu, problem, outputs, slices), progress, RESIDENT)
 
     def fill(
-        self, problem: Any, outs: Sequence[Any], make: Callable[[Gpu], Any], progress: Any, resident_side: int
-    ) -> None:
-        """Fill results tile by tile: problem has shape, symmetric and dtype, make(gpu) is a worker (see Worker)."""
+        self, problem: Any, outs: Sequence[Any], make: Callable[[Gpu], Any], progress: Any, resident_side: int,
+        streamed_side: int = STREAMED,
+    ) -> None:  # fmt: skip
+        """Fill results tile by tile: problem has shape, symmetric and dtype, make(gpu) is a TileWorker."""
         n, m = problem.shape
         resident = index_of(outs[0]) is not None
         record = record_of(outs)
@@ -174,7 +196,8 @@ class Backend:
             todo = record.begin()
             side = record.side
         else:
-            side = min(resident_side, max(n, m)) if resident else _streamed_side(problem, outs)
+            most = resident_side if resident else _streamed_side(problem, outs, streamed_side)
+            side = min(most, max(n, m))
             todo = list(tiles(n, m, problem.symmetric, side))
         with Progress(progress, sum(tile.entries for tile in todo)) as bar:
             if resident:
@@ -218,12 +241,11 @@ def _overlap(a: Any, b: Any) -> bool:
     return a0 < b1 and b0 < a1
 
 
-def _streamed_side(problem: Any, outs: Sequence[Any]) -> int:
-    side = STREAMED
+def _streamed_side(problem: Any, outs: Sequence[Any], side: int) -> int:
     slices = outs[0].shape[0] if len(outs[0].shape) == 3 else len(outs)
     while side > 32 and 4 * side * side * slices * problem.dtype.itemsize > _BUFFER:
         side //= 2
-    return int(min(side, max(problem.shape)))
+    return side
 
 
 class Worker(TileWorker):
@@ -290,8 +312,8 @@ class Worker(TileWorker):
         for k, (factors, mix) in enumerate(zip(self.factors, self.mixes, strict=True)):
             out = record["outputs"][k]
             out["mix"] = mix
-            _put_matrix(out, views[k], mirrors[k])
-            _put_factors(out, factors, tile)
+            put_matrix(out, views[k], mirrors[k])
+            put_factors(out, factors, tile)
         square = layout.SQUARE[self.module]
         blocks = -(-rows // square) * -(-cols // square)
         if self.slices is not None:
@@ -304,8 +326,8 @@ class Worker(TileWorker):
 
     def _put_slices(self, out: Any, view: Any, mirror: Any, tile: Tile) -> None:
         assert self.slices is not None
-        _put_matrix(out, view, mirror)
-        _put_factors(out, self.slice_factors, tile)
+        put_matrix(out, view, mirror)
+        put_factors(out, self.slice_factors, tile)
         out["slice_stride"] = view.strides[0] // view.itemsize
         out["mirror_slice_stride"] = 0 if mirror is None else mirror.strides[0] // view.itemsize
         out["readout"] = self.slices.readout
@@ -313,13 +335,13 @@ class Worker(TileWorker):
         out["own"], out["own_suffix"] = (a.data.ptr for a in self.own)
 
 
-def _put_matrix(out: Any, view: Any, mirror: Any) -> None:
+def put_matrix(out: Any, view: Any, mirror: Any) -> None:
     out["data"], out["stride"] = view.data.ptr, row_stride(view[0] if view.ndim == 3 else view)
     if mirror is not None:
         out["mirror"], out["mirror_stride"] = mirror.data.ptr, row_stride(mirror[0] if mirror.ndim == 3 else mirror)
 
 
-def _put_factors(out: Any, factors: dict[str, Any], tile: Tile) -> None:
+def put_factors(out: Any, factors: dict[str, Any], tile: Tile) -> None:
     for name, values in factors.items():
         if name != "diagonal" or tile.diagonal:
             out[name] = values[tile.cols if name.endswith("j") else tile.rows].data.ptr

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 #: in the order of csrc/cuda/layout.cu, whose numbers the tests compare
-NAMES = ("Job", "PrefixLayer64", "PrefixLayer32", "GeneralLayer", "HermiteTable", "TablePanels64", "TablePanels32")
+NAMES = ("Job", "PrefixLayer64", "PrefixLayer32", "GeneralLayer", "HermiteTable", "TablePanels64", "TablePanels32",
+         "ConvJob", "ConvLayer64", "ConvLayer32", "ConvMemory")  # fmt: skip
 _P, _I, _D = np.uint64, np.int64, np.float64
 
 
@@ -50,6 +51,18 @@ JOB = _struct(
     plan=PLAN, products=_P, stride=_I, rows=_I, cols=_I, dim=_I, i=SIDE, j=SIDE, close=_D, diagonal=np.int32,
     n_outputs=np.int32, want_last=np.int32, unused=np.int32, outputs=(OUTPUT, OUTPUTS), slices=SLICES,
 )  # fmt: skip
+
+CONV_SIDE = _struct(x=_P, numbers=_P)
+CONV_JOB = _struct(
+    layers=_P, tables=_P, fast=_P, i=CONV_SIDE, j=CONV_SIDE, planes=_P, parts=_P, own=_P, slices=_P, first=_I,
+    layer_size=_I, n_layers=np.int32, height=np.int32, width=np.int32, channels=np.int32, reach_y=np.int32,
+    reach_x=np.int32, circular=np.int32, pooled=np.int32, rows=np.int32, cols=np.int32, square_rows=np.int32,
+    square_cols=np.int32, triangle=np.int32, paired=np.int32, chunks=np.int32, run=np.int32, pairs=np.int32,
+    first_unit=np.int32, last_unit=np.int32, groups=np.int32, n_outputs=np.int32, unused=np.int32, outputs=(OUTPUT,
+    OUTPUTS), grams=SLICES,
+)  # fmt: skip
+#: bytes of ConvMemory, in front of the planes, and of ConvLayer<T>
+CONV_MEMORY, CONV_LAYER = 8192, {"f64": 64, "f32": 40}
 
 #: Pairs of a block are SQUARE x SQUARE, its threads THREADS; scratch of a block of layer_grams for every layer.
 THREADS = 256
