@@ -186,9 +186,10 @@ class Backend:
 
     def fill(
         self, problem: Any, outs: Sequence[Any], make: Callable[[Gpu], Any], progress: Any, resident_side: int,
-        streamed_side: int = STREAMED,
+        streamed_side: int = 0,
     ) -> None:  # fmt: skip
-        """Fill results tile by tile: problem has shape, symmetric and dtype, make(gpu) is a TileWorker."""
+        """Fill results tile by tile: problem has shape, symmetric and dtype, make(gpu) is a TileWorker; sides of
+        tiles on the device and of streamed ones (0: STREAMED)."""
         n, m = problem.shape
         resident = index_of(outs[0]) is not None
         record = record_of(outs)
@@ -196,7 +197,7 @@ class Backend:
             todo = record.begin()
             side = record.side
         else:
-            most = resident_side if resident else _streamed_side(problem, outs, streamed_side)
+            most = resident_side if resident else _streamed_side(problem, outs, streamed_side or STREAMED)
             side = min(most, max(n, m))
             todo = list(tiles(n, m, problem.symmetric, side))
         with Progress(progress, sum(tile.entries for tile in todo)) as bar:
