@@ -10,7 +10,7 @@ import pytest
 from mpmath import mp, mpf
 from oracle import check
 
-from ntkfast import Activation, Bottleneck, Network, _core, _plan, reference
+from ntkfast import Activation, Bottleneck, Network, _core, _hermite, _plan, reference
 
 EPS = 2.0**-52
 POWERS = [10.0**-k for k in range(1, 16)]
@@ -263,6 +263,14 @@ def test_hermite_expansions_against_quadrature(act, tolerance):
             np.testing.assert_array_equal(side, s)
             check(w, (qi**2 + qj**2) / 2 - side * q, (tolerance + 2e-14) * 0.5 * (qi**2 + qj**2))
             check(d, d_exact, (tolerance + 2e-14) * di * dj)
+
+
+@pytest.mark.parametrize(("function", "odd"), [(np.sin, 1), (lambda x: np.exp(-x * x), 0)])
+def test_coefficients_of_the_other_parity_are_zero(function, odd):
+    """Exactly, in any number of rows: products of the BLAS add up in an order of their own."""
+    a, _ = _hermite._coefficients(Activation.from_function(function), np.linspace(0.1, 2.0, 31), 1025, 60)
+    assert not a[:, 1 - odd :: 2].any()
+    assert a[:, odd::2].any(axis=1).all()
 
 
 @pytest.mark.parametrize(("function", "name"), [(np.sin, "sin"), (lambda x: np.exp(-x * x), "gaussian")])

@@ -60,10 +60,21 @@ def _coefficients(activation: Activation, sigma: Array, nodes: int, terms: int) 
     if not np.isfinite(values).all():
         raise ValueError(f"activation {activation.name!r} is not finite at arguments up to {REACH * sigma.max():g}; "
                          "normalise the rows")  # fmt: skip
-    a, square = values @ h.T, np.einsum("ij,ij->i", values, values)
+    a, square = _project(values, h), np.einsum("ij,ij->i", values, values)
     square += origin * (2 * a[:, 0] + origin)
     a[:, 0] += origin
     return a, square
+
+
+def _project(values: Array, h: Array) -> Array:
+    """values @ h.T, the nodes z and -z added first: coefficients of the wrong parity of an even or odd function are 0
+    then, in whatever order a BLAS adds up."""
+    half = values.shape[1] // 2  # the middle node is z = 0
+    low, high = values[:, :half], values[:, :half:-1]
+    a = np.empty((len(values), len(h)))
+    a[:, ::2] = np.concatenate([low + high, values[:, half : half + 1]], axis=1) @ h[::2, : half + 1].T
+    a[:, 1::2] = (low - high) @ h[1::2, :half].T
+    return a
 
 
 @lru_cache(maxsize=64)
