@@ -344,3 +344,6 @@ def test_bad_input():
     frozen = nf.Network([nf.Dense(trained=False)], nf.Readout(trained=False))
     with pytest.raises(ValueError, match="nothing is trained"):
         nf.check_against_network(frozen, np.eye(3), 3)
+    for wrong, words in ((1j * np.eye(3), "X is complex"), (np.eye(3, dtype=np.float16), "X is float16")):
+        with pytest.raises(TypeError, match=words):
+            nf.check_against_network(net, wrong, 3)

@@ -365,6 +365,8 @@ def test_bad_input():
             nf.init(**({"net": net, "input_shape": (4, 4, 3), "width": 4, "seed": 0} | kwargs))
     with pytest.raises(nf.OutOfMemoryError):
         nf.init(net, (4, 4, 3), 10**6, seed=0)
+    with pytest.raises(nf.OutOfMemoryError):  # the readout of all positions alone: 80 TB
+        nf.init(net, (10**5, 10**5, 3), 1000, seed=0)
     network, X = nf.init(net, (4, 5, 3), 4, seed=0), np.ones((2, 4, 5, 3))
     bad = X.copy()
     bad[1, 2, 3, 1] = np.inf

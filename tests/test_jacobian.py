@@ -158,6 +158,23 @@ def test_buffers_do_not_grow_with_the_positions(rng):
     assert _contract.contraction(9, 9, (most, most), 10**7, 10**7, 8, symmetric=True) == "products"
     one = [_contract.Factor(np.ones((2 * most, 1)), np.ones((2 * most, 1)), most)]
     assert all(b.nbytes <= _contract._BUFFER for b in _contract._buffers(one, one, ["products"]))
+    # and small images beside photographs: many samples of the one, one of the other
+    for few, many in ((1, 16384), (3, 5000), (300, 700)):
+        sides = [[_contract.Factor(*(np.broadcast_to(1.0, (600 * p, 2)),) * 2, p)] for p in (few, many)]
+        for left, right in (sides, sides[::-1]):
+            assert all(b.nbytes <= _contract._BUFFER for b in _contract._buffers(left, right, ["products"]))
+
+
+@pytest.mark.parametrize("few", [1, 3])
+def test_few_positions_beside_many(few, rng, monkeypatch):
+    """Blocks of products that the buffer cuts."""
+    monkeypatch.setattr(_contract, "_BUFFER", 1 << 15)
+    x, y = layers(rng, 50, [(few, 400, 300)]), layers(rng, 3, [(700, 400, 300)])
+    assert _contract.contraction(50, 3, (few, 700), 400, 300, 8, symmetric=False) == "products"
+    for left, right in ((x, y), (y, x)):
+        wanted = np.einsum("alf,brf,ald,brd->ab", left[0].inputs, right[0].inputs, left[0].deltas, right[0].deltas,
+                           optimize=True)  # fmt: skip
+        assert_close(nf.jacobian_gram(left, right), wanted, np.abs(wanted).max(), 1e-13)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -245,7 +245,7 @@ struct Grid {
     __attribute__((always_inline)) inline Index count() const { return symmetric ? rows() * (rows() + 1) / 2 : rows() * cols(); }
 };
 
-// Threads of a grid whose pairs take so many nanoseconds beside their products: short work stays on one, see kAlone. The
+// Threads of a grid whose pairs take so many nanoseconds beside their products: short work stays on one, see kShort. The
 // products are counted at 100 operations a nanosecond, what one core reaches with AVX-512 in float64.
 NTK_INLINE int threads_of(Index n, Index m, bool symmetric, Index d, double nanoseconds, int most) {
     const double pairs = double(n) * double(m) * (symmetric ? 0.5 : 1.0);

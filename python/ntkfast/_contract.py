@@ -85,13 +85,22 @@ def contractions(left: Sequence[Factor], right: Sequence[Factor], *, symmetric: 
     ]  # fmt: skip
 
 
-def _buffers(left: Sequence[Factor], right: Sequence[Factor], ways: Sequence[str]) -> tuple[Array, Array]:
-    def rows(factor: Factor, way: str) -> int:
-        # products of all positions of a sample at least; gradients are rows of samples, however many positions
-        count = len(factor.inputs) if way == "products" else len(factor)
-        return min(max(ROWS, factor.positions) if way == "products" else ROWS, count)
+def _sides(a: Factor, b: Factor) -> tuple[int, int]:
+    """Samples of both whose products of positions are made at once: ROWS rows if they fit, one sample at least."""
+    i, j = (max(1, ROWS // f.positions) for f in (a, b))
+    # Pairs of samples; one at least, or contraction() would not have chosen products.
+    most = _BUFFER // (a.positions * b.positions * a.inputs.itemsize)
+    return min(i, max(1, most // j)), min(j, max(1, most // i))
 
-    size = max(rows(a, way) * rows(b, way) for a, b, way in zip(left, right, ways, strict=True))
+
+def _buffers(left: Sequence[Factor], right: Sequence[Factor], ways: Sequence[str]) -> tuple[Array, Array]:
+    def entries(a: Factor, b: Factor, way: str) -> int:
+        if way == "gradients":  # rows of samples, however many positions
+            return min(ROWS, len(a)) * min(ROWS, len(b))
+        i, j = _sides(a, b)
+        return min(i, len(a)) * a.positions * min(j, len(b)) * b.positions
+
+    size = max(entries(a, b, way) for a, b, way in zip(left, right, ways, strict=True))
     return np.empty(size, dtype=left[0].inputs.dtype), np.empty(size, dtype=left[0].inputs.dtype)
 
 
@@ -104,9 +113,10 @@ def _add_products(
 ) -> None:
     """to (+)= contraction of samples `rows` and `cols`; `same`: they are equal, and only pairs above the diagonal."""
     p, r = a.positions, b.positions
-    for i in cuts(rows, max(1, ROWS // p)):
+    side_i, side_j = _sides(a, b)
+    for i in cuts(rows, side_i):
         x = a.part(i)
-        for j in cuts(cols, max(1, ROWS // r)):
+        for j in cuts(cols, side_j):
             if same and j.start < i.start:
                 continue
             y = x if same and i == j else b.part(j)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkfast._arrays import available_memory
+from ntkfast._arrays import as_numpy, available_memory, result_dtype
 from ntkfast._contract import Factor, contraction, in_tiles, sample_tiles
 from ntkfast._cuda.gram import Backend
 from ntkfast._products import on_host, weight_gradients
@@ -111,11 +111,10 @@ def empirical_ntk(
         Where the result goes, e.g. a ``numpy.memmap``.
     memory : int, optional
         Bytes for layer inputs and output gradients; 2 GiB, or a quarter of what is free, unless given (on a GPU half of
-        what is free). If those of all
-        samples fit they are computed once. Otherwise tiles of samples with half of it each: the tile of rows is kept
-        while the tiles of columns are computed again beside it, which costs about width / (samples of a tile) times
-        the work of the products. Of a convolution with many positions and few weights, the weight gradients of the
-        samples of a tile are kept instead.
+        what is free). If those of all samples fit they are computed once. Otherwise tiles of samples with half of it
+        each: the tile of rows is kept while the tiles of columns are computed again beside it, which costs about
+        width / (samples of a tile) times the work of the products. Of a convolution with many positions and few
+        weights, the weight gradients of the samples of a tile are kept instead.
     progress : bool
         Show a progress bar for every tile.
     data_format : "channels_last" or "channels_first"
@@ -272,7 +271,9 @@ def check_against_network(
         raise ValueError("check_against_network needs at least one width and one seed")
     if not net.slices:
         raise ValueError("nothing is trained in this network: its tangent kernel is 0 at any width")
-    X = np.asarray(X, dtype=np.float64)
+    X = as_numpy(X, "X")[0]
+    result_dtype(None, ("X", X))
+    X = X.astype(np.float64, copy=False)
     wanted, slices = _infinite(net, X, data_format)
     if data_format == "channels_first":
         X = np.moveaxis(X, 1, -1)

@@ -59,12 +59,11 @@ def here(gpu: Backend | None) -> AbstractContextManager[Any]:
     return nullcontext() if gpu is None else gpu.here()
 
 
-def _step(layer: Layer, fan_in: int, m: int, draw: _Sampler, *, last: bool) -> Step:
+def _step(layer: Layer, fan_in: int, m: int, draw: _Sampler) -> Step:
     """Weights of a layer in the order W, beta, V, beta'."""
     act = derivatives(layer.activation)
     if isinstance(layer, HalvedLayer):
-        width = _even(m * layer.width_ratio) if last else m
-        W = draw.normal(width, fan_in, scale=math.sqrt(2.0 / width))
+        W = draw.normal(m, fan_in, scale=math.sqrt(2.0 / m))
         return Step(W, None, None, None, act, 1.0, 0.0, layer.skip, layer.theta, 0.0, 0.0, True)
     W = draw.normal(m, fan_in)
     beta = draw.normal(m) if layer.bias_variance else None
@@ -185,17 +184,20 @@ def init(
     layers: list[Layer] = list(net.layers)
     if getattr(layers[0], "skip", 0.0):
         layers.insert(0, Linear(trained=False))
-    outer = sum(isinstance(layer, Bottleneck) for layer in layers)
-    inner = layout.slots * (layout.features + m * (len(layers) - 1))
+    last = layers[-1]
+    widths = [m] * (len(layers) - 1) + [_even(m * last.width_ratio) if isinstance(last, HalvedLayer) else m]
+    fans = [layout.slots * features for features in (layout.features, *widths[:-1])]
+    needed = math.prod(layout.readout_shape(widths[-1]))
+    for layer, fan_in, size in zip(layers, fans, widths, strict=True):
+        needed += size * (fan_in + size * isinstance(layer, Bottleneck))
     check = check_memory if gpu is None else gpu.check_memory
-    check(m * (inner + m * outer) * wanted.itemsize, f"the network of width {m}")
+    check(needed * wanted.itemsize, f"the network of width {m}")
     averaged = 1 / math.sqrt(layout.slots) if isinstance(net, ConvNetwork) and net.average else 1.0
     steps: list[Step] = []
-    for k, layer in enumerate(layers):
-        features = len(steps[-1].W) if steps else layout.features
-        step = _step(layer, layout.slots * features, m, draw, last=k == len(layers) - 1)
+    for layer, fan_in, size in zip(layers, fans, widths, strict=True):
+        step = _step(layer, fan_in, size, draw)
         steps.append(replace(step, weight=step.weight * averaged))
-    head = _head(net, layout.readout_shape(len(steps[-1].W)), draw)
+    head = _head(net, layout.readout_shape(widths[-1]), draw)
     if gpu is not None:
         gpu.synchronize()  # the weights may be used on any stream
     return FiniteNetwork(net, tuple(steps), head, m, layout, None if place is None else place.devices[0])

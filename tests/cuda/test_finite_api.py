@@ -99,6 +99,18 @@ def test_factors_larger_than_the_device(monkeypatch, rng):
         nf.jacobian_gram(there(gpu, layers(rng, 300, shapes=[(0, 1, 1)])))
 
 
+@DTYPES
+@pytest.mark.parametrize("sizes", [(9, 7), (3, 40)])
+def test_tiles_smaller_than_their_buffers(gpu, small_tiles, rng, monkeypatch, sizes, dtype):
+    """41 samples make tiles of 14, which take larger parts of a weight matrix at a time than tiles of 16 would."""
+    monkeypatch.setattr(jacobian, "_GRADIENTS", 16 * 13 * np.dtype(dtype).itemsize)
+    x, y = layers(rng, 41, dtype, [(30, *sizes)]), layers(rng, 23, dtype, [(30, *sizes)])
+    for other in (None, y):
+        wanted = nf.jacobian_gram(x, other)
+        check(nf.jacobian_gram(x, other, device="cuda"), wanted)
+        check(nf.jacobian_gram(there(gpu, x), None if other is None else there(gpu, other)).get(), wanted)
+
+
 def test_other_libraries_on_their_streams(gpu, small_tiles, rng, monkeypatch):
     class Tensor(fake_cupy.Foreign):
         __module__ = "torch"

@@ -52,7 +52,7 @@ def check(found, wanted, dtype):
 def test_jacobian_gram(shapes, n, side, dtype, monkeypatch):
     monkeypatch.setattr(jacobian, "SIDE", side)
     monkeypatch.setattr(gpu_gram, "STREAMED", side)
-    monkeypatch.setattr(jacobian, "_GRADIENTS", jacobian._GRADIENTS if side > n else 1 << 20)
+    monkeypatch.setattr(jacobian, "_GRADIENTS", jacobian._GRADIENTS if side > n else 1 << 15)
     x, y = layers(n, shapes, dtype), layers(71, shapes, dtype, seed=1)
     for other in (None, y):
         gone = None if other is None else there(other)

@@ -132,9 +132,10 @@ class Worker(TileWorker):
         for h, (a, b) in enumerate(zip(self.left, self.right, strict=True)):
             if self.work.ways[h] == "gradients":
                 samples = min(side, max(len(a), len(b)))
-                fan_in, fan_out = a.inputs.shape[1], a.deltas.shape[1]
-                ins, outs = parameter_slices(samples, fan_in, fan_out, self.work.dtype.itemsize, _GRADIENTS)[0]
-                gradients = max(gradients, samples * (ins.stop - ins.start) * (outs.stop - outs.start))
+                whole = samples * a.inputs.shape[1] * a.deltas.shape[1]
+                # Not the parts of the largest tile: smaller ones have larger parts, and may fill the buffer better.
+                most = max(samples, _GRADIENTS // self.work.dtype.itemsize)
+                gradients = max(gradients, min(whole, most))
             else:
                 most = side if self.plain[h] else SIDE
                 rows = [min(max(1, most // f.positions), side, len(f)) * f.positions for f in (a, b)]
