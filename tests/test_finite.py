@@ -347,3 +347,25 @@ def test_bad_input():
     for wrong, words in ((1j * np.eye(3), "X is complex"), (np.eye(3, dtype=np.float16), "X is float16")):
         with pytest.raises(TypeError, match=words):
             nf.check_against_network(net, wrong, 3)
+
+
+def test_overflow_names_the_sample(rng):
+    """Points of size 1e19 have squares beyond float32."""
+    for net in (nf.resnet(2), nf.fully_connected(1, "tanh"), nf.bottleneck_resnet(2), nf.fixed_readout_resnet(2)):
+        network = nf.init(net, 5, 30, seed=0, dtype="float32")
+        X = rng.standard_normal((9, 5)).astype(np.float32)
+        small = nf.empirical_ntk(network, X)
+        X[6] *= np.float32(1e20)
+        for memory in (None, 3000):
+            for per_layer in (False, True):
+                with pytest.raises(
+                    OverflowError, match=r"row 6 with itself.*range of float32.*; use float64, or smaller"
+                ):
+                    nf.empirical_ntk(network, X, memory=memory, per_layer=per_layer)
+                with pytest.raises(OverflowError, match=r"row 6 and column 6 .*float32"):
+                    nf.empirical_ntk(network, X, X, memory=memory, per_layer=per_layer)
+        X[6] = 0
+        assert np.array_equal(np.delete(nf.empirical_ntk(network, X), 6, 0)[:, 0], np.delete(small, 6, 0)[:, 0])
+    X[6] = 1e20
+    wide = nf.init(nf.resnet(2), 5, 30, seed=0)
+    assert np.isfinite(nf.empirical_ntk(wide, X.astype(np.float64))).all()

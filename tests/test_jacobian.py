@@ -439,3 +439,80 @@ def test_memory(n, shapes, dtype, fresh_python):
         fresh_python(MEMORY.format(n=n, shapes=shapes, dtype=dtype), OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     )
     assert used < 64e6
+
+
+# Results that leave the range of their dtype
+
+
+def huge(n, bad, size, other, shapes, dtype=np.float32):
+    """Factors of ones, with sample `bad` of one layer times `size` and `other`."""
+    made = [nf.LayerFactors(*(np.ones((n, *((p,) if p else ()), k), dtype) for k in (i, o))) for p, i, o in shapes]
+    made[-1].inputs[bad] *= dtype(size)
+    made[-1].deltas[bad] *= dtype(other)
+    return made
+
+
+#: (size of the inputs, of the gradients): infinity; infinity times 0 by underflow; infinity times 0
+OVERFLOWS = [(1e25, 1.0), (1.0, 1e25), (1e30, 1e-30), (1e30, 0.0)]
+
+
+@pytest.mark.parametrize(("shape", "sizes", "way"), [
+    *itertools.product([(0, 5, 7), (1, 5, 7), (4, 3, 5)], OVERFLOWS, ["products"]),
+    *itertools.product([(4, 3, 5)], OVERFLOWS[:2], ["gradients"]),  # which are in range where one of the two is small
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("side", [2048, 8])
+def test_overflow_names_the_sample(shape, sizes, way, side, monkeypatch):
+    monkeypatch.setattr(_contract, "SIDE", side)
+    monkeypatch.setattr(_contract, "contraction", lambda *_, **__: way)
+    x, y = huge(37, 21, *sizes, [(0, 3, 2), shape]), huge(11, 0, 1.0, 1.0, [(0, 3, 2), shape])
+    for per_layer in (False, True):
+        with pytest.raises(OverflowError, match=r"row 21 with itself.* range of float32.*; use float64, or smaller"):
+            nf.jacobian_gram(x, per_layer=per_layer)
+        out = np.zeros((2, 37, 37) if per_layer else (37, 37), np.float32)
+        with pytest.raises(OverflowError, match="row 21 with itself"):
+            nf.jacobian_gram(x, per_layer=per_layer, out=out)
+        wide = [nf.LayerFactors(np.float64(a), np.float64(d)) for a, d in x]
+        assert np.isfinite(nf.jacobian_gram(wide, per_layer=per_layer)).all()
+    assert np.isfinite(nf.jacobian_gram(x, y)).all()  # the huge sample only meets small ones
+    cross = [
+        nf.LayerFactors(*(np.insert(small, 4, large[21], axis=0) for large, small in zip(a, b, strict=True)))
+        for a, b in zip(x, y, strict=True)
+    ]
+    with pytest.raises(OverflowError, match="row 21 and column 4 "):
+        nf.jacobian_gram(x, cross)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 7), (4, 30, 50), (16, 3, 2)], ids=str)
+def test_overflow_of_the_diagonal(shape):
+    x = huge(9, 3, 1e25, 1.0, [(0, 2, 2), shape])
+    for per_layer in (False, True):
+        with pytest.raises(OverflowError, match=r"row 3 with itself.*float32"):
+            nf.jacobian_diagonal(x, per_layer=per_layer)
+    tiny = huge(9, 3, 1e30, 1e-30, [(0, 5, 7)])
+    assert_close(nf.jacobian_diagonal(tiny), np.full(9, 35.0), 35.0, 1e-6)  # float64 on the way
+
+
+def test_overflow_of_float64():
+    x = huge(5, 2, 1e200, 1.0, [(0, 2, 3)], np.float64)
+    for call in (nf.jacobian_gram, nf.jacobian_diagonal):
+        with pytest.raises(OverflowError, match=r"row 2 with itself.*range of float64.*; use smaller points"):
+            call(x)
+
+
+def test_results_up_to_the_limit_are_returned():
+    """float32 ends at 3.4e38."""
+    x = [nf.LayerFactors(np.full((3, 1), 1.8e19, np.float32), np.ones((3, 1), np.float32))]
+    for found in (nf.jacobian_gram(x), nf.jacobian_gram(x, x), nf.jacobian_diagonal(x)):
+        assert_close(found, np.full(found.shape, 3.24e38), 3.24e38, 1e-6)
+
+
+def test_outputs_that_cannot_be_read_are_checked():
+    class Sink:
+        shape, dtype = (37, 37), np.dtype(np.float32)
+
+        def __setitem__(self, key, value):
+            assert np.isfinite(value).all()
+
+    for other in (None, huge(37, 5, 1e25, 1.0, [(0, 2, 3)])):
+        with pytest.raises(OverflowError, match="row 5"):
+            nf.jacobian_gram(huge(37, 5, 1e25, 1.0, [(0, 2, 3)]), other, out=Sink())

@@ -243,3 +243,15 @@ def test_memory(fresh_python):
     """Beyond network and result 64 MB, one thread; the tangents of all pairs would take several hundred."""
     used = int(fresh_python(MEMORY, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"))
     assert used < 64e6
+
+
+@pytest.mark.parametrize("block", [1, 1 << 30])
+def test_overflow_names_the_samples(block, monkeypatch):
+    monkeypatch.setattr("ntkfast.third_order._BLOCK", block)
+    X = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    network = nf.init(nf.resnet(2, "erf"), 3, 8, seed=0, dtype="float32")
+    assert np.isfinite(nf.third_order_kernel(network, X)).all()
+    X[3] *= np.float32(1e25)
+    with pytest.raises(OverflowError, match=r"samples \d, \d and \d.*range of float32.*; use float64") as error:
+        nf.third_order_kernel(network, X)
+    assert 3 in error.value.at

@@ -378,3 +378,15 @@ except ImportError as error:
     print(error)
 """
     assert 'pip install "ntkfast[torch]"' in fresh_python(code)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_overflow_names_the_row(kernels, monkeypatch):
+    monkeypatch.setattr(nf.torch, "_has_kernels", lambda device: kernels)
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    x = torch.randn(9, 3)
+    x[5] *= 1e20
+    for output, row in (("sum", 5), (1, 5), ("trace", 5), ("full", 10)):
+        for memory in (None, 200):
+            with pytest.raises(OverflowError, match=f"row {row} with itself.*range of float32.*; use float64"):
+                nf.torch.empirical_ntk(module, x, output=output, memory=memory)

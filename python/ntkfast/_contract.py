@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkfast import _core
+from ntkfast._overflow import quiet, refuse_tile, within
 from ntkfast._tiles import SIDE, Progress, Tile, _direct, product, tiles
 
 Array = NDArray[Any]
@@ -212,7 +213,7 @@ def fill(out: Any, left: Sequence[Factor], right: Sequence[Factor] | None, *, pe
     ways = contractions(left, other, symmetric=symmetric)
     work = _Work(left, other, ways, per_layer, _buffers(left, other, ways))
     todo = list(tiles(n, m, symmetric, _side(out, dtype)))
-    with Progress(progress, sum(tile.entries for tile in todo)) as bar:
+    with Progress(progress, sum(tile.entries for tile in todo)) as bar, quiet():
         for tile in todo:
             _fill_tile(work, out, tile)
             bar.add(tile.entries)
@@ -226,6 +227,7 @@ def _fill_tile(work: _Work, out: Any, tile: Tile) -> None:
     else:
         to = np.empty((*out.shape[:-2], *shape), dtype=work.left[0].inputs.dtype)
     _tile(work, to, tile.rows, tile.cols, tile.diagonal)
+    refuse_tile(to, tile)
     if not direct:
         out[..., tile.rows, tile.cols] = to
     if tile.mirrored and not tile.diagonal:
@@ -268,7 +270,8 @@ def in_tiles(
             direct = hasattr(out, "strides")  # views of NumPy's and CuPy's arrays can be filled in place
             shape = (*out.shape[:-2], row.stop - row.start, col.stop - col.start)
             to = out[..., row, col] if direct else np.empty(shape, left[0].inputs.dtype)
-            fill(to, left, right, per_layer=per_layer, progress=progress)
+            with within(row.start, col.start):
+                fill(to, left, right, per_layer=per_layer, progress=progress)
             if not direct:
                 out[..., row, col] = to
             if cols is None and not same:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ntkfast._arrays import as_numpy, available_memory, result_dtype
 from ntkfast._contract import Factor, contraction, in_tiles, sample_tiles
 from ntkfast._cuda.gram import Backend
+from ntkfast._overflow import quiet
 from ntkfast._products import on_host, weight_gradients
 from ntkfast.convolution import ConvNetwork
 from ntkfast.finite import FiniteNetwork, here, init
@@ -130,6 +131,9 @@ def empirical_ntk(
     ------
     TypeError, ValueError
         Wrong kind of network, shapes or dtypes, entries not finite.
+    OverflowError
+        The kernel, or a product on the way to it, leaves the range of the dtype: names row, or row and column. Use
+        float64, or smaller points. A given ``out`` may be filled in part.
     OutOfMemoryError
         The result does not fit in memory.
 
@@ -146,7 +150,7 @@ def empirical_ntk(
         raise TypeError(f"network must be a FiniteNetwork from init(...), got {type(network).__name__}; "
                         "for PyTorch modules there is ntkfast.torch.empirical_ntk")  # fmt: skip
     gpu = network.backend(X=X, Y=Y)
-    with here(gpu):
+    with here(gpu), quiet():
         x, wrap = network.points(X, "X", data_format, gpu)
         y = None if Y is None else network.points(Y, "Y", data_format, gpu)[0]
         n, m = len(x), None if y is None else len(y)

@@ -14,6 +14,7 @@ from ntkfast._contract import Factor
 from ntkfast._cuda import jacobian as gpu_jacobian
 from ntkfast._cuda.device import find_place
 from ntkfast._cuda.gram import Backend
+from ntkfast._overflow import quiet, refuse
 
 Array = NDArray[Any]
 
@@ -220,6 +221,9 @@ def jacobian_gram(
         Not a list of pairs; dtypes differ or are not real.
     ValueError
         Shapes do not fit, an entry is not finite (names layer and sample), factors in different places.
+    OverflowError
+        An inner product of finite factors leaves the range of the dtype: names row, or row and column. Use float64, or
+        smaller points. A given ``out`` may be filled in part.
     OutOfMemoryError
         The result does not fit in memory.
 
@@ -266,9 +270,12 @@ def jacobian_diagonal(factors: Sequence[Any], *, per_layer: bool = False, device
     """
     gpu = backend_of(device, factors=factors)
     side = check_factors(factors, "factors", gpu)
-    if gpu is None:
-        rows = np.array([_contract.diagonal_of(factor) for factor in side.factors])
-    else:
-        with gpu.here() as one:
-            rows = np.array([gpu_jacobian.diagonal_of(one, factor) for factor in side.factors])
-    return side.wrap((rows if per_layer else rows.sum(axis=0)).astype(side.dtype))
+    with quiet():
+        if gpu is None:
+            rows = np.array([_contract.diagonal_of(factor) for factor in side.factors])
+        else:
+            with gpu.here() as one:
+                rows = np.array([gpu_jacobian.diagonal_of(one, factor) for factor in side.factors])
+        result = (rows if per_layer else rows.sum(axis=0)).astype(side.dtype)
+    refuse(np.isfinite(result), side.dtype, 0)
+    return side.wrap(result)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkfast._cuda.device import index_of
+from ntkfast._overflow import quiet, refuse
 from ntkfast._passes import Step
 from ntkfast._products import add_products, combine, on_host, squared, times
 from ntkfast.convolution import ConvNetwork
@@ -145,6 +146,9 @@ def third_order_kernel(network: FiniteNetwork, X: Any, *, out: Any = None) -> An
     ------
     TypeError, ValueError
         Other layers, biases, relu and other kinked activations, functions of the user; bad points.
+    OverflowError
+        An entry, or a product on the way to it, leaves the range of the dtype: names its samples. Use float64, or
+        smaller points. A given ``out`` may be filled in part.
     OutOfMemoryError
         The result does not fit in memory.
 
@@ -165,7 +169,7 @@ def third_order_kernel(network: FiniteNetwork, X: Any, *, out: Any = None) -> An
     """
     _check(network)
     gpu = network.backend(X=X)
-    with here(gpu):
+    with here(gpu), quiet():
         x, wrap = network.points(X, "X", gpu=gpu)
         n = len(x)
         result = allocate(gpu, out, (n, n, n), network.dtype, [x])
@@ -179,5 +183,6 @@ def third_order_kernel(network: FiniteNetwork, X: Any, *, out: Any = None) -> An
             part = slice(start, min(start + step, n))
             half = _block(layers, last, head, part)
             both: Any = (half + half.swapaxes(1, 2)).transpose(1, 2, 0)
+            refuse(np.isfinite(both), both.dtype, 0, 0, start)
             result[:, :, part] = both if on_host(both) or index_of(result) is not None else both.get()
         return wrap(result) if out is None else out

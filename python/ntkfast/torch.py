@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ntkfast._arrays import check_memory
 from ntkfast._contract import contraction, sample_tiles
 from ntkfast._cuda import CudaUnavailable, load_cupy
+from ntkfast._overflow import overflow, within
 from ntkfast.empirical import memory_budget
 from ntkfast.jacobian import LayerFactors, jacobian_gram
 
@@ -320,6 +321,9 @@ def empirical_ntk(module: Any, x: Any, *, output: Any = "sum", memory: int | Non
     Raises
     ------
     The errors of :func:`jacobian_factors`.
+    OverflowError
+        The kernel, or a product on the way to it, leaves the range of the dtype: names row, or row and column. Use
+        float64, or smaller points.
 
     Examples
     --------
@@ -360,7 +364,9 @@ def _fill_blocks(
         for b, g in enumerate(right):
             if left is right and b < a:
                 continue
-            block = _gram(f, None if f is g else g)
+            count = K.shape[1]
+            with within(row.start * count + a, col.start * count + b, step=count):
+                block = _gram(f, None if f is g else g)
             K[row, a, col, b] = block
             K[col, b, row, a] = block.T
 
@@ -368,7 +374,11 @@ def _fill_blocks(
 def _gram(factors: list[LayerFactors], other: list[LayerFactors] | None) -> Any:
     if _has_kernels(factors[0].inputs.device.type):
         return jacobian_gram(factors, other)
-    return _device_gram(factors, factors if other is None else other)
+    K = _device_gram(factors, factors if other is None else other)
+    finite = torch.isfinite(K.diagonal() if other is None else K)  # ntkfast._overflow.refuse_tile says why
+    if not bool(finite.all()):
+        raise overflow(tuple(torch.nonzero(~finite)[0].tolist()), K.dtype)
+    return K
 
 
 def _has_kernels(device: str) -> bool:

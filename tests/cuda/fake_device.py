@@ -149,6 +149,7 @@ def gemm(owner, dtype, stacked, handle, op_a, op_b, m, n, k, alpha, *operands):
             if low:
                 left, right = _tensor_core(np.array(left)), _tensor_core(np.array(right))
             out = _matrix(c + i * step_c * item, dtype, m, n, ldc)
-            out[...] = alpha * (left @ right) + (beta * out if beta else 0)
+            with np.errstate(all="ignore"):
+                out[...] = alpha * (left @ right) + (beta * out if beta else 0)
 
     owner.give(work)

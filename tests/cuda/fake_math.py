@@ -39,6 +39,10 @@ class Arithmetic(NDArrayOperatorsMixin):
     def swapaxes(self, a, b):
         return self._view(self._host.swapaxes(a, b))
 
+    def diagonal(self, offset, axis1, axis2):
+        assert min(axis1, axis2) >= 0
+        return self._view(self._host.diagonal(offset, axis1, axis2))
+
     def transpose(self, *axes):
         return self._view(self._host.transpose(*axes))
 

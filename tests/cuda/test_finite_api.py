@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 
@@ -359,3 +360,42 @@ def test_the_contraction_is_that_of_the_cpu(gpu, rng, monkeypatch):
     cpu, asked[:] = list(asked), []
     nf.jacobian_gram(x, device="cuda")
     assert asked == cpu
+
+
+@pytest.mark.parametrize(("shape", "sizes"), [
+    *itertools.product([(0, 5, 7), (2, 30, 50)], [(1e25, 1.0), (1e30, 1e-30), (1e30, 0.0)]),
+    ((4, 3, 5), (1e25, 1.0)),  # by gradients, which are in range where one of the two is small
+], ids=str)  # fmt: skip
+def test_overflow_names_the_sample(gpu, small_tiles, sizes, shape):
+    p, i, o = shape
+    x, y = (nf.LayerFactors(*(np.ones((n, *((p,) if p else ()), k), np.float32) for k in (i, o))) for n in (41, 23))
+    for part, size in zip(x, sizes, strict=True):
+        part[33] *= np.float32(size)
+    cross = [nf.LayerFactors(*(np.insert(b, 20, a[33], axis=0) for a, b in zip(x, y, strict=True)))]
+    x, y = [x], [y]
+    for device, left, right, small in ((None, there(gpu, x), there(gpu, cross), there(gpu, y)),
+                                       ("cuda", x, cross, y), (["cuda:0", "cuda:1"], x, cross, y)):  # fmt: skip
+        for per_layer in (False, True):
+            with pytest.raises(OverflowError, match=r"row 33 with itself.*float32"):
+                nf.jacobian_gram(left, per_layer=per_layer, device=device)
+            with pytest.raises(OverflowError, match=r"row 33 and column 20 .*float32"):
+                nf.jacobian_gram(left, right, per_layer=per_layer, device=device)
+        found = nf.jacobian_gram(left, small, device=device)
+        assert np.isfinite(found if isinstance(found, np.ndarray) else found.get()).all()
+        if sizes == (1e25, 1.0):
+            with pytest.raises(OverflowError, match=r"row 33 with itself.*float32"):
+                nf.jacobian_diagonal(left, device=device)
+
+
+def test_overflow_of_networks(gpu):
+    network = nf.init(nf.resnet(2, "erf"), 3, 9, seed=0, dtype="float32", device="cuda")
+    x = np.random.default_rng(2).standard_normal((6, 3)).astype(np.float32)
+    x[4] *= np.float32(1e25)
+    for X in (x, gpu.array(x)):
+        for memory in (None, 600):
+            with pytest.raises(OverflowError, match=r"row 4 with itself.*float32"):
+                nf.empirical_ntk(network, X, memory=memory)
+            with pytest.raises(OverflowError, match=r"row 4 and column 4 .*float32"):
+                nf.empirical_ntk(network, X, X, memory=memory)
+        with pytest.raises(OverflowError, match=r"samples \d, \d and \d.*float32"):
+            nf.third_order_kernel(network, X)

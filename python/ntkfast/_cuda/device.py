@@ -21,7 +21,8 @@ is new is listed first):
     finite networks arithmetic of arrays and numbers, NumPy's functions on arrays: ufuncs with out=, where, empty_like,
                     zeros_like, ones_like, full_like (with shape=), broadcast_to, moveaxis, sliding_window_view;
                     assignment to slices;
-                    all, mean, swapaxes, transpose; reshape (a view, or a copy); cupyx.scipy.special.erf. Never ``@``
+                    all, mean, swapaxes, transpose, diagonal (a view); reshape (a view, or a copy);
+                    cupyx.scipy.special.erf. Never ``@``
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ntkfast._arrays import OutOfMemoryError, Points, allocate, not_finite, scale_exponents
 from ntkfast._cuda import layout
 from ntkfast._cuda.device import Gpu, Place, as_cupy, contiguous_rows, index_of, row_stride, stream_of
-from ntkfast._cuda.tiles import Share, TileWorker, in_parallel, resident_tiles, stream_tiles
+from ntkfast._cuda.tiles import Check, Share, TileWorker, in_parallel, resident_tiles, stream_tiles
 from ntkfast._tiles import Progress, Tile, record_of, tiles
 
 Array = NDArray[Any]
@@ -186,10 +186,10 @@ class Backend:
 
     def fill(
         self, problem: Any, outs: Sequence[Any], make: Callable[[Gpu], Any], progress: Any, resident_side: int,
-        streamed_side: int = 0,
+        streamed_side: int = 0, check: Check | None = None,
     ) -> None:  # fmt: skip
         """Fill results tile by tile: problem has shape, symmetric and dtype, make(gpu) is a TileWorker; sides of
-        tiles on the device and of streamed ones (0: STREAMED)."""
+        tiles on the device and of streamed ones (0: STREAMED), which `check` sees before they are stored."""
         n, m = problem.shape
         resident = index_of(outs[0]) is not None
         record = record_of(outs)
@@ -207,7 +207,7 @@ class Backend:
                 return
             with self.here():
                 self._stream.synchronize()  # the rows may have been made on it
-            share = Share(todo, outs, bar)
+            share = Share(todo, outs, bar, check)
             jobs = [lambda gpu=gpu: stream_tiles(gpu, make, problem, share, side) for gpu in self.gpus]
             in_parallel(jobs, share)
 

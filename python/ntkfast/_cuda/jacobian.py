@@ -19,6 +19,7 @@ from ntkfast._cuda import layout
 from ntkfast._cuda.device import Gpu, contiguous_rows, index_of, row_stride
 from ntkfast._cuda.gram import Backend, norms
 from ntkfast._cuda.tiles import TileWorker
+from ntkfast._overflow import refuse_on_device, refuse_tile
 from ntkfast._tiles import Tile
 
 #: Rows of the products of a tile: 256 blocks of a product of 128 x 128, two for every multiprocessor. Not measured.
@@ -102,7 +103,10 @@ def _fill(
 ) -> None:
     symmetric, other = right is None, left if right is None else right
     work = Work(left, other, contractions(left, other, symmetric=symmetric), symmetric, per_layer)
-    gpus.fill(work, [out], lambda gpu: Worker(gpu, work), progress, SIDE)
+    gpus.fill(work, [out], lambda gpu: Worker(gpu, work), progress, SIDE, check=refuse_tile)
+    if index_of(out) is not None:
+        with gpus.here():
+            refuse_on_device(out, symmetric)
 
 
 class Worker(TileWorker):

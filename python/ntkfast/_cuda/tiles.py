@@ -17,6 +17,7 @@ from ntkfast._cuda.device import Gpu
 from ntkfast._tiles import Progress, Tile, record_of
 
 Array = NDArray[Any]
+Check = Callable[[Array, Tile], None]
 
 
 class TileWorker:
@@ -63,8 +64,10 @@ def resident_tiles(
 class Share:
     """What the threads of several GPUs share: tiles to do, results, and whether to stop."""
 
-    def __init__(self, todo: Sequence[Tile], outs: Sequence[Any], bar: Progress) -> None:
-        self._todo, self._lock = deque(todo), threading.Lock()
+    def __init__(
+        self, todo: Sequence[Tile], outs: Sequence[Any], bar: Progress, check: Check | None = None
+    ) -> None:  # fmt: skip
+        self._todo, self._lock, self._check = deque(todo), threading.Lock(), check
         self.outs, self.bar, self.stop = outs, bar, threading.Event()
 
     def next(self) -> Tile | None:
@@ -73,6 +76,9 @@ class Share:
 
     def store(self, tile: Tile, parts: Sequence[tuple[Array, Array | None]]) -> None:
         """A tile goes to the results; anything but NumPy arrays takes one thread at a time."""
+        if self._check is not None:
+            for part, _ in parts:
+                self._check(part, tile)
         if all(isinstance(out, np.ndarray) for out in self.outs):
             self._store(tile, parts)
             with self._lock:
