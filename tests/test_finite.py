@@ -310,6 +310,8 @@ def test_bad_input():
         ({"input_shape": (3, 3)}, ValueError, "number of features"),
         ({"input_shape": 0}, ValueError, "input_shape"),
         ({"seed": None}, TypeError, "seed"),
+        ({"seed": -1}, ValueError, "seed must not be negative, got -1"),
+        ({"seed": np.int64(-3)}, ValueError, "seed must not be negative"),
         ({"dtype": "float16"}, TypeError, "float32 or float64"),
         ({"device": "tpu"}, ValueError, "use None"),
         ({"net": "resnet"}, TypeError, "Network"),
@@ -369,3 +371,32 @@ def test_overflow_names_the_sample(rng):
     X[6] = 1e20
     wide = nf.init(nf.resnet(2), 5, 30, seed=0)
     assert np.isfinite(nf.empirical_ntk(wide, X.astype(np.float64))).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("drawn", [1, 700, 4 << 20])
+def test_weights_are_drawn_in_order(drawn, dtype, monkeypatch):
+    """However many at a time: those of one standard_normal after the other."""
+    monkeypatch.setattr("ntkfast.finite._DRAWN", drawn)
+    network, rng = nf.init(nf.bottleneck_resnet(2), 5, 17, seed=3, dtype=dtype), np.random.default_rng(3)
+    for w in network.weights:
+        assert np.array_equal(w, rng.standard_normal(w.shape).astype(dtype))
+    fixed = nf.init(nf.fixed_readout_resnet(1), 5, 18, seed=3, dtype=dtype)
+    wanted = (np.random.default_rng(3).standard_normal((18, 5)) * np.sqrt(2 / 18)).astype(dtype)
+    assert np.array_equal(fixed.weights[0], wanted)
+
+
+INIT = """
+import re, numpy as np, ntkfast as nf
+from pathlib import Path
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
+nf.init(nf.fully_connected(1), 10, 10, seed=0, dtype="float32")
+before = peak()
+network = nf.init(nf.fully_connected(1), 4000, 4000, seed=0, dtype="float32")
+print(peak() - before)
+"""
+
+
+def test_memory_of_the_initialisation(fresh_python):
+    """The weights, 64 MB, and the few that are being drawn."""
+    assert int(fresh_python(INIT).split()[-1]) < 64e6 + 16e6

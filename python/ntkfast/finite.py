@@ -30,6 +30,8 @@ Array = NDArray[Any]
 _BATCH = 32 << 20
 #: The same on a GPU: products of a few thousand rows fill it. Not measured.
 _DEVICE_BATCH = 256 << 20
+#: Bytes of the numbers that are drawn at once, in float64.
+_DRAWN = 4 << 20
 
 
 class _Sampler:
@@ -38,13 +40,22 @@ class _Sampler:
     def __init__(self, seed: Any, dtype: np.dtype[Any], gpu: Backend | None) -> None:
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer, np.random.Generator)):
             raise TypeError(f"seed must be an integer or a numpy.random.Generator, got {type(seed).__name__}")
+        if not isinstance(seed, np.random.Generator) and seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
         self.rng, self.dtype, self.gpu = np.random.default_rng(seed), dtype, gpu
 
     def normal(self, *shape: int, scale: float = 1.0) -> Any:
-        values = self.rng.standard_normal(shape)
-        if scale != 1.0:
-            values *= scale
-        return self.place(values.astype(self.dtype, copy=False))
+        # Some rows at a time, beside the array itself: numbers come one after the other, however many are asked for.
+        with here(self.gpu) as gpu:
+            made = np.empty(shape, self.dtype) if gpu is None else gpu.empty(shape, self.dtype)
+            step = max(1, _DRAWN // (8 * math.prod(shape[1:])))
+            for start in range(0, shape[0], step):
+                values = self.rng.standard_normal((min(step, shape[0] - start), *shape[1:]))
+                if scale != 1.0:
+                    values *= scale
+                part = slice(start, start + len(values))
+                made[part] = values if gpu is None else gpu.upload(values.astype(self.dtype, copy=False))
+        return made
 
     def place(self, values: Array) -> Any:
         """Weights where the network is."""
