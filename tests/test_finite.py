@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import multiprocessing
+import pickle
 
 import numpy as np
 import pytest
@@ -400,3 +403,43 @@ print(peak() - before)
 def test_memory_of_the_initialisation(fresh_python):
     """The weights, 64 MB, and the few that are being drawn."""
     assert int(fresh_python(INIT).split()[-1]) < 64e6 + 16e6
+
+
+def _square(z):
+    return z * z
+
+
+def _double(z):
+    return 2 * z
+
+
+PICKLED = {
+    "relu": (nf.fully_connected(2), 3), "leaky": (nf.resnet(2, nf.Activation.leaky_relu(0.2)), 3),
+    "smooth": (MIXED, 3), "bottleneck": (nf.bottleneck_resnet(2, "gelu"), 3), "fixed": (nf.fixed_readout_resnet(2), 3),
+    "conv": (nf.conv_net(2, "erf"), (3, 4, 2)), "gap": (nf.conv_resnet(2, "silu", readout="gap"), (5, 2)),
+    "user": (nf.fully_connected(2, nf.Activation.from_function(_square, _double, "square")), 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_pickle(name, rng):
+    net, shape = PICKLED[name]
+    network, X = nf.init(net, shape, 8, seed=0), rng.standard_normal((4, *np.atleast_1d(shape)))
+    K = nf.empirical_ntk(network, X)  # what the calls keep must not stand in the way
+    again = pickle.loads(pickle.dumps(network))
+    assert (repr(again), again.net == network.net) == (repr(network), True)
+    assert all(np.array_equal(a, b) for a, b in zip(again.weights, network.weights, strict=True))
+    assert np.array_equal(nf.empirical_ntk(again, X), K)
+    assert np.array_equal(copy.deepcopy(network).outputs(X), network.outputs(X))
+
+
+def test_pickle_names_a_lambda():
+    activation = nf.Activation.from_function(lambda z: z * z, _double, "square")
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(nf.init(nf.fully_connected(1, activation), 3, 8, seed=0))
+
+
+def test_networks_in_other_processes(rng):
+    network, X = nf.init(nf.conv_net(2, "tanh"), (4, 2), 8, seed=0), rng.standard_normal((4, 4, 2))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert_close(pool.apply(nf.empirical_ntk, (network, X)), nf.empirical_ntk(network, X), 1.0, 1e-13)

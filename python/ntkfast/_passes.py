@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkfast._contract import Factor
-from ntkfast._derivatives import Derivatives
+from ntkfast._derivatives import Derivatives, derivatives
 from ntkfast._products import times
 from ntkfast._windows import Layout
+from ntkfast.activation import Activation
 
 Array = NDArray[Any]
 
@@ -28,7 +29,7 @@ class Step:
     beta: Array | None  #: (width,), None without bias
     V: Array | None  #: (width, width) of a bottleneck
     outer_beta: Array | None
-    activation: Derivatives
+    activation: Activation  #: not its functions, which could not be pickled
     weight: float  #: sqrt of the weight variance (over the slots of the window, if that is averaged)
     bias: float
     skip: float
@@ -36,6 +37,11 @@ class Step:
     outer: float
     outer_bias: float
     trained: bool
+
+    @property
+    def functions(self) -> Derivatives:
+        """s, s' and s''."""
+        return derivatives(self.activation)
 
     @property
     def arrays(self) -> list[Array]:
@@ -87,7 +93,7 @@ def outputs(steps: tuple[Step, ...], head: Head, layout: Layout, x: Array) -> Ar
     """f of some samples, (n,), from their rows."""
     for step in steps:
         z = _preactivation(step, _seen(step, layout, x))
-        x = _combine(step, x, step.branch * step.activation.value(z))
+        x = _combine(step, x, step.branch * step.functions.value(z))
     f: Array = times(layout.pool(x), head.a.reshape(1, -1), transposed=True)[:, 0] * head.weight
     return f if head.beta is None else f + head.bias * head.beta
 
@@ -107,7 +113,7 @@ def fill_factors(
     todo, n = iter(made), len(x) // layout.positions
     tape: list[tuple[Step, Array, Array | None]] = []  # step, slope (later gradient), gradient of V
     for step in steps:
-        first = step.activation.first
+        first = step.functions.first
         assert first is not None
         if step.trained:
             factor = next(todo)
@@ -117,7 +123,7 @@ def fill_factors(
             scaled, slope = _seen(step, layout, x), np.empty_like(x, shape=(len(x), len(step.W)))
         z = _preactivation(step, scaled)
         np.multiply(first(z), step.branch, out=slope)
-        h = step.branch * step.activation.value(z)
+        h = step.branch * step.functions.value(z)
         outer = None
         if step.V is not None and step.trained:
             factor = next(todo)

@@ -72,7 +72,7 @@ def here(gpu: Backend | None) -> AbstractContextManager[Any]:
 
 def _step(layer: Layer, fan_in: int, m: int, draw: _Sampler) -> Step:
     """Weights of a layer in the order W, beta, V, beta'."""
-    act = derivatives(layer.activation)
+    act = layer.activation
     if isinstance(layer, HalvedLayer):
         W = draw.normal(m, fan_in, scale=math.sqrt(2.0 / m))
         return Step(W, None, None, None, act, 1.0, 0.0, layer.skip, layer.theta, 0.0, 0.0, True)
@@ -224,7 +224,7 @@ def _head(net: Network | ConvNetwork, shape: tuple[int, ...], draw: _Sampler) ->
 
 
 class FiniteNetwork:
-    """A network of finite width; made by :func:`init`.
+    """A network of finite width; made by :func:`init`. It can be pickled unless an activation is a lambda.
 
     Attributes
     ----------

@@ -55,7 +55,7 @@ def _check(network: Any) -> None:
     if net.readout.bias_variance:
         raise ValueError("third_order_kernel takes networks without biases; the readout has one")
     for layer, step in zip(net.layers, network._steps[-len(net.layers) :], strict=True):
-        if step.activation.second is None:
+        if step.functions.second is None:
             why = "its second derivative is not known" if layer.activation.function is not None else (
                 "it has kinks: its second derivative is a distribution")  # fmt: skip
             raise ValueError(f"third_order_kernel needs a smooth activation; {layer.activation!r}: {why}")
@@ -68,12 +68,12 @@ def _layers(network: FiniteNetwork, x: Array) -> tuple[list[_Layer], Array]:
         W = step.W if step.weight == 1.0 else step.weight * step.W
         z = times(x, W, transposed=True)
         forward.append((step, W, x, z))
-        h = step.branch * step.activation.value(z)
+        h = step.branch * step.functions.value(z)
         x = h + step.skip * x if step.skip else h
     g: Array = np.broadcast_to(network._head.weight * network._head.a, x.shape)
     made = []
     for step, W, before, z in reversed(forward):
-        first, second = step.activation.first, step.activation.second
+        first, second = step.functions.first, step.functions.second
         assert first is not None
         assert second is not None
         slope = step.branch * first(z)
