@@ -292,6 +292,14 @@ class FiniteNetwork:
         ------
         TypeError, ValueError
             Another dtype than the network's, wrong shape, entries not finite.
+
+        Examples
+        --------
+        >>> import numpy as np, ntkfast as nf
+        >>> network = nf.init(nf.fully_connected(depth=1, activation="identity"), 3, width=50, seed=0)
+        >>> f = network.outputs(np.eye(3))
+        >>> bool(np.allclose(network.outputs(2 * np.eye(3)), 2 * f))  # a linear network
+        True
         """
         gpu = self.backend(X=X)
         with here(gpu):
@@ -312,6 +320,19 @@ class FiniteNetwork:
         Raises
         ------
         The errors of :meth:`outputs`; OutOfMemoryError if the factors do not fit in memory.
+
+        Examples
+        --------
+        >>> import numpy as np, ntkfast as nf
+        >>> network, X = nf.init(nf.fully_connected(depth=2), 3, width=50, seed=0), np.eye(3)
+        >>> factors = network.jacobian_factors(X)
+        >>> [(f.inputs.shape, f.deltas.shape) for f in factors]
+        [((3, 3), (3, 50)), ((3, 50), (3, 50)), ((3, 50), (3, 1))]
+        >>> gradient = factors[0].deltas[1][:, None] * factors[0].inputs[1]  # df/dW of sample 1, the shape of W
+        >>> W, before = network.weights[0], network.outputs(X)
+        >>> W += 1e-6 * gradient
+        >>> bool(np.isclose((network.outputs(X) - before)[1] / 1e-6, (gradient**2).sum(), rtol=1e-4))
+        True
         """
         gpu = self.backend(X=X)
         with here(gpu):
