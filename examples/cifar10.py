@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,16 +91,32 @@ def report(net: nf.ConvNetwork, train: Images, test: Images) -> str:
             f"{images:,} + {others:,} images: {whole}")  # fmt: skip
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that counts something."""
+
+    def count(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return count
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print one line for each network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--depth", type=int, default=10, help="convolutions, with readout of all positions (10)")
-    parser.add_argument("--train", type=int, default=4000, help="training images (4000)")
-    parser.add_argument("--test", type=int, default=1000, help="test images (1000)")
-    parser.add_argument("--pooled-depth", type=int, default=5, help="convolutions, with average pooling (5)")
-    parser.add_argument("--pooled-train", type=int, default=100, help="training images; 0: without pooling (100)")
-    parser.add_argument("--pooled-test", type=int, default=100, help="test images (100)")
+    parser.add_argument(
+        "--depth", type=at_least(1), default=10, help="convolutions, with readout of all positions (10)"
+    )
+    parser.add_argument("--train", type=at_least(1), default=4000, help="training images (4000)")
+    parser.add_argument("--test", type=at_least(1), default=1000, help="test images (1000)")
+    parser.add_argument("--pooled-depth", type=at_least(1), default=5, help="convolutions, with average pooling (5)")
+    parser.add_argument(
+        "--pooled-train", type=at_least(0), default=100, help="training images; 0: without pooling (100)"
+    )
+    parser.add_argument("--pooled-test", type=at_least(1), default=100, help="test images (100)")
     parser.add_argument("--dtype", choices=sorted(RIDGE), default="float32")
     options = parser.parse_args(argv)
     try:

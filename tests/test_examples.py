@@ -86,3 +86,13 @@ def test_cifar10_refuses_what_is_no_archive(cifar10, tmp_path, capsys):
         with pytest.raises(SystemExit):
             cifar10.main([str(tmp_path / name)])
         assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value", "least"), [
+    ("--depth", 0, 1), ("--train", 0, 1), ("--test", -1, 1), ("--pooled-depth", 0, 1), ("--pooled-train", -1, 0),
+    ("--pooled-test", 0, 1),
+])  # fmt: skip
+def test_cifar10_refuses_counts(cifar10, tmp_path, capsys, option, value, least):
+    with pytest.raises(SystemExit):
+        cifar10.main([str(write(tmp_path / "images.npz")), option, str(value)])
+    assert f"argument {option}: must be at least {least}, got {value}" in capsys.readouterr().err
