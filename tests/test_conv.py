@@ -179,6 +179,21 @@ def test_multiples_keep_their_digits():
                     assert_close(nf.gram(net, X[:1], Y, dtype=dtype), wanted, scale, bound)
 
 
+def test_what_images_of_different_sizes_lose():
+    """The bounds of the docstring of conv_net, c the ratio of the norms: K is homogeneous."""
+    X, Y = images(2, (6, 6), 20), images(2, (6, 6), 21)
+    for build, other in itertools.product((nf.conv_net, nf.conv_resnet), (X, Y)):
+        net = build(3)
+        wanted = nf.gram(net, X, other)
+        size = np.sqrt(np.outer(nf.diagonal(net, X), nf.diagonal(net, other)))
+        for power in (1, 4, 6):
+            c = 2.0 ** (2 * power)
+            for dtype, one, all_multiples in ((np.float64, 1e-16, 1e-8), (np.float32, 1e-8, 2e-4)):
+                found = nf.gram(net, X * 2.0**power, other * 2.0**-power, dtype=dtype)
+                bound = BOUND[dtype] + (c * one if other is Y else np.sqrt(c) * all_multiples)
+                assert_close(found, wanted, size, bound)
+
+
 def test_pooling_against_the_definition_where_background_is_constant():
     # All shifts of a constant background correlate exactly; the definition itself is good to 1e-8 there.
     X = np.full((2, 8, 8, 1), 0.25)
@@ -311,7 +326,7 @@ def test_tiles_and_outputs(tmp_path, monkeypatch):
     out = np.lib.format.open_memmap(tmp_path / "K.npy", mode="w+", dtype=np.float64, shape=(7, 7))
     assert nf.gram(net, X, out=out) is out
     assert (out == K).all()
-    assert (nf.gram(net, X, X[:4]) == nf.gram(net, X, X[:4])).all()
+    assert_close(nf.gram(net, X, X[:4]), K[:, :4], K.max(), 1e-14)
     assert_close(nf.gram(net, X, X), K, K.max(), 1e-14)
     pooled = nf.conv_net(2, readout="gap")
     parts = nf.gram(pooled, X)

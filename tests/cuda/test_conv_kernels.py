@@ -132,6 +132,26 @@ def test_the_definition(gpu, name):
         assert_close(found, wanted[kind], np.sqrt(np.outer(own[kind], own[kind])), 1e-12)
 
 
+@pytest.mark.parametrize("readout", ["flatten", "gap"])
+@pytest.mark.parametrize("window", [3, (5, 3), (7, 3), (5, 5)], ids=str)
+def test_a_circular_row_is_seen_again_and_again(gpu, window, readout):
+    net, x = nf.conv_net(2, window=window, padding="circular", readout=readout), images(3, (1, 4))
+    wanted, own = reference.gram(net, x), reference.diagonals(net, x)
+    for kind, found in zip(KINDS, nf.gram(net, x, get=KINDS, device="cuda"), strict=True):
+        assert_close(found, wanted[kind], np.sqrt(np.outer(own[kind], own[kind])), 1e-12)
+
+
+@DTYPES
+@pytest.mark.parametrize("readout", ["flatten", "gap"])
+def test_multiples_lose_what_the_docstring_says(gpu, readout, dtype):
+    """conv_fast.cuh lacks the repair of csrc/cpu/conv_exact.h; s(c u) = c s(u)."""
+    net, x = nf.conv_net(3, readout=readout), images(1, (5, 6))
+    wanted, size = nf.gram(net, x, x), nf.diagonal(net, x)[0]
+    for c in (1.5, 3.0, 200.0):
+        found = nf.gram(net, x.astype(dtype), (x / c).astype(dtype), device="cuda") * c
+        assert_close(found, wanted, size, np.sqrt(c) * {np.float64: 1e-8, np.float32: 2e-4}[dtype])
+
+
 @DTYPES
 @pytest.mark.parametrize("net", [
     nf.conv_net(3, first_trained=False, bias_variance=0.3),
