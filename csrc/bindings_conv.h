@@ -53,7 +53,7 @@ class ConvImagesHolder {
 
 // Adds to sums (3, rows, cols) (paired: (3, rows, 1)) and writes slices (layers, rows, cols) or None: what conv.h says.
 void conv_tile(const PlanHolder& plan, const ConvImagesHolder& x, std::int64_t i0, const ConvImagesHolder& y, std::int64_t j0,
-               bool triangle, bool paired, std::int64_t first, std::int64_t shifts, py::array& sums, const py::object& slices) {
+               bool triangle, bool strict, bool paired, std::int64_t first, std::int64_t shifts, py::array& sums, const py::object& slices) {
     const ntk::ConvPlan p = conv_plan(plan, x.shape, x.fast);
     require(x.made_for(plan) && x.fits(y) && !x.images.twice && y.images.twice == p.pooled, "images prepared for something else");
     require(py::isinstance<Doubles>(sums) && sums.ndim() == 3 && sums.shape(0) == 3 && (sums.flags() & py::array::c_style) &&
@@ -62,7 +62,7 @@ void conv_tile(const PlanHolder& plan, const ConvImagesHolder& x, std::int64_t i
     require(!paired || sums.shape(2) == 1, "sums: (3, rows, 1)");
     require(i0 >= 0 && j0 >= 0 && i0 + rows <= x.images.n && j0 + cols <= y.images.n, "rows outside the images");
     require(first >= 0 && shifts > 0 && first + shifts <= (p.pooled ? p.height : 1), "no such shifts");
-    ntk::ConvTile t{x.images, y.images, i0, rows, j0, cols, triangle, paired, first, shifts,
+    ntk::ConvTile t{x.images, y.images, i0, rows, j0, cols, triangle, strict, paired, first, shifts,
                     static_cast<double*>(sums.mutable_data()), nullptr};
     if (!slices.is_none()) {
         py::array to = py::cast<py::array>(slices);
@@ -80,7 +80,7 @@ void add_convolutions(py::module_& m) {
         .def(py::init<const PlanHolder&, const ConvShape&, bool, const py::array&, bool, const std::string&>(), py::keep_alive<1, 2>(),
              py::arg("plan"), py::arg("shape"), py::arg("fast"), py::arg("x"), py::arg("twice"), py::arg("isa") = "");
     m.def("conv_tile", &conv_tile, py::arg("plan"), py::arg("x"), py::arg("i0"), py::arg("y"), py::arg("j0"), py::arg("triangle"),
-          py::arg("paired"), py::arg("first"), py::arg("shifts"), py::arg("sums"), py::arg("slices"));
+          py::arg("strict"), py::arg("paired"), py::arg("first"), py::arg("shifts"), py::arg("sums"), py::arg("slices"));
     m.def("conv_bytes", [](const PlanHolder& plan, const ConvShape& shape, bool fast, bool single, bool twice) {
         return conv_kernels("").bytes(conv_plan(plan, shape, fast), single, twice);
     }, py::arg("plan"), py::arg("shape"), py::arg("fast"), py::arg("single"), py::arg("twice"));

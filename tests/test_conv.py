@@ -284,7 +284,7 @@ def test_instruction_sets_agree(isa, readout, activation):
     arguments = (problem.core, problem.geometry, problem.fast, problem.x.images)
     x, y = _core.ConvImages(*arguments, False, isa), _core.ConvImages(*arguments, readout == "gap", isa)
     sums = np.zeros((3, 3, 3))
-    _core.conv_tile(problem.core, x, 0, y, 0, False, False, 0, 5 if readout == "gap" else 1, sums, None)
+    _core.conv_tile(problem.core, x, 0, y, 0, False, False, False, 0, 5 if readout == "gap" else 1, sums, None)
     wanted = reference.gram(net, X)["nngp"] * (45**2 if readout == "gap" else 1)
     assert_close(np.ldexp(sums[1], 2 * problem.exponent), wanted, wanted.max(), 1e-12)
 

@@ -26,7 +26,7 @@ struct ConvImages {
 struct ConvTile {
     ConvImages x, y;
     std::int64_t i0, rows, j0, cols;
-    bool triangle;              // x and y are the same images, i0 >= j0: pairs with j < i are left alone
+    bool triangle, strict;      // x and y are the same images: pairs with j < i, or j <= i if strict, are left alone
     bool paired;                // only the pairs (i0 + k, j0 + k); sums are (3, rows, 1)
     std::int64_t first, shifts; // row shifts first .. first + shifts - 1 of the second image; 0, 1 for flatten
     double* sums;               // (3, rows, cols): T + S, S, own term of the last layer, added up over positions

@@ -112,6 +112,8 @@ void unit(const ConvPlan& p, const Geometry<typename E::Number>& g, const typena
     }
 }
 
+bool left_alone(const ConvTile& t, std::int64_t i, std::int64_t j) { return t.triangle && t.j0 + j < t.i0 + i + t.strict; }
+
 template <class E>
 bool run(const ConvPlan& p, const ConvTile& t) {
     using T = typename E::Number;
@@ -140,7 +142,7 @@ bool run(const ConvPlan& p, const ConvTile& t) {
                     const std::int64_t i1 = smaller(bi * kImages + kImages, t.rows), j1 = smaller(bj * kImages + kImages, columns);
                     for (std::int64_t i = bi * kImages; i < i1; ++i)
                         for (std::int64_t j = bj * kImages; j < j1; ++j) {
-                            if (!ready || (t.triangle && t.j0 + j < t.i0 + i)) continue;
+                            if (!ready || left_alone(t, i, j)) continue;
                             const std::int64_t at = i * columns + j;
                             unit<E>(p, g, x.image(t.i0 + i), y.image(t.j0 + (t.paired ? i : j)), int(t.first + shift), s, room,
                                     parts.data + (at * t.shifts + shift) * kTotals, t.slices ? t.slices + at : nullptr, pairs);
@@ -149,7 +151,7 @@ bool run(const ConvPlan& p, const ConvTile& t) {
     }
     if (failed) return false;
     for (std::int64_t at = 0; at < pairs; ++at) {
-        if (t.triangle && t.j0 + at % columns < t.i0 + at / columns) continue;
+        if (left_alone(t, at / columns, at % columns)) continue;
         for (std::int64_t shift = 0; shift < t.shifts; ++shift)
             for (int k = 0; k < kTotals; ++k) t.sums[k * pairs + at] += parts.data[(at * t.shifts + shift) * kTotals + k];
     }

@@ -112,6 +112,7 @@ class Problem:
         self.geometry = (self.height, self.width, x.shape[1], reach_y, reach_x, int(net.padding == "circular"),
                          int(self.pooled))  # fmt: skip
         self.core, self.exponent, self.terms = self._compile()
+        self._kept: dict[bool, tuple[tuple[bool, int, int], Any]] = {}
 
     def _compile(self) -> tuple[Any, int, int]:
         """The layers for the kernels, the power of two of the results' square root, and the terms of Hermite tables."""
@@ -175,14 +176,16 @@ class Problem:
 
     def _window(self, var: Vector) -> Vector:
         """Window sums over the last two axes."""
-        reach = self.geometry[3:5]
-        mode: Any = "wrap" if self.geometry[5] else "constant"
-        for axis, r in zip((-2, -1), reach, strict=True):
-            pad = [(0, 0)] * var.ndim
-            pad[axis] = (r, r)
-            wide = np.pad(var, pad, mode=mode)
-            n = var.shape[axis]
-            var = np.sum([np.take(wide, range(d, d + n), axis=axis) for d in range(2 * r + 1)], axis=0)
+        for axis, reach in zip((-2, -1), self.geometry[3:5], strict=True):
+            line = np.moveaxis(var, axis, 0)
+            total, n = line.copy(), len(line)
+            for d in range(1, reach + 1):
+                if self.geometry[5]:
+                    total += np.roll(line, d, axis=0) + np.roll(line, -d, axis=0)
+                elif d < n:
+                    total[d:] += line[:-d]
+                    total[:-d] += line[d:]
+            var = np.moveaxis(total, 0, axis)
         return var
 
     def allocate(self, out: Any, shapes: list[tuple[int, ...]], names: Sequence[str]) -> list[Any]:
@@ -211,8 +214,14 @@ class Problem:
         # Images are prepared once a tile: that is nothing for a pooled kernel.
         return int(min(most, 16 if self.pooled else _SIDE))
 
-    def prepare(self, images: Array, *, twice: bool) -> Any:
-        return _core.ConvImages(self.core, self.geometry, self.fast, images, twice)
+    def prepare(self, side: Side, part: slice, *, twice: bool) -> Any:
+        """The numbers of some images; the last ones are kept: the diagonal and the first tile share them."""
+        key = (side is self.x, part.start, part.stop)
+        if twice not in self._kept or self._kept[twice][0] != key:
+            self._kept.pop(twice, None)
+            made = _core.ConvImages(self.core, self.geometry, self.fast, side.images[part], twice)
+            self._kept[twice] = (key, made)
+        return self._kept[twice][1]
 
 
 @dataclass(frozen=True)
@@ -238,17 +247,19 @@ def _shifts(problem: Problem, sums: Vector, seconds: float, call: Any) -> None:
         call(first, min(step, count - first), sums)
 
 
-def parts(problem: Problem, tile: Tile, *, slices: bool) -> Iterator[Part]:
-    """All pairs of a tile, a few rows at a time; if symmetric, on and above the diagonal (near it below it too)."""
+def parts(problem: Problem, tile: Tile, *, own_sums: Vector | None, slices: bool) -> Iterator[Part]:
+    """All pairs of a tile, a few rows at a time; if symmetric, on and above the diagonal (near it below it too).
+    own_sums: those of all images with themselves, which then are not made again."""
     side, one = problem.side(), 1e-9 * problem.nanoseconds()
     layers = len(problem.net.layers)
     for rows in _cuts(tile.rows.stop, side, tile.rows.start):
-        x = problem.prepare(problem.x.images[rows], twice=False)
+        x = problem.prepare(problem.x, rows, twice=False)
         for cols in _cuts(tile.cols.stop, side, tile.cols.start):
             if problem.symmetric and cols.start < rows.start:
                 continue
             same = problem.symmetric and rows == cols
-            y = x if same and not problem.pooled else problem.prepare(problem.y.images[cols], twice=problem.pooled)
+            strict = same and own_sums is not None
+            y = x if same and not problem.pooled else problem.prepare(problem.y, cols, twice=problem.pooled)
             for some in _cuts(rows.stop - rows.start, max(1, int(_CALL / (one * (cols.stop - cols.start))))):
                 start = some.start if same else 0
                 for part in _cuts(cols.stop - cols.start - start, max(1, int(_CALL / one))):
@@ -258,10 +269,13 @@ def parts(problem: Problem, tile: Tile, *, slices: bool) -> Iterator[Part]:
                     own = np.zeros((layers, *count)) if slices else None
 
                     def call(first: int, shifts: int, sums: Vector, x: Any = x, y: Any = y, i0: int = i0, j0: int = j0,
-                             same: bool = same, own: Vector | None = own) -> None:  # fmt: skip
-                        _core.conv_tile(problem.core, x, i0, y, j0, same, False, first, shifts, sums, own)
+                             same: bool = same, strict: bool = strict, own: Vector | None = own) -> None:  # fmt: skip
+                        _core.conv_tile(problem.core, x, i0, y, j0, same, strict, False, first, shifts, sums, own)
 
                     _shifts(problem, sums, one * count[0] * count[1], call)
+                    if own_sums is not None and same:
+                        both = np.arange(max(i0, j0), min(some.stop, j0 + count[1]))
+                        sums[:, both - i0, both - j0] = own_sums[:, rows.start + both]
                     yield Part(
                         slice(rows.start + i0, rows.start + some.stop),
                         slice(cols.start + j0, cols.start + j0 + count[1]),
@@ -278,16 +292,17 @@ def diagonal_sums(problem: Problem, side: Side) -> Vector:
         return totals
     result = np.zeros((3, len(side)))
     one = 1e-9 * problem.nanoseconds()
-    for part in _cuts(len(side), min(problem.side(), max(1, int(_CALL / one)))):
-        x = problem.prepare(side.images[part], twice=False)
-        y = problem.prepare(side.images[part], twice=True) if problem.pooled else x
-        sums = np.zeros((3, part.stop - part.start, 1))
+    for images in _cuts(len(side), problem.side()):
+        x = problem.prepare(side, images, twice=False)
+        y = problem.prepare(side, images, twice=True) if problem.pooled else x
+        for part in _cuts(images.stop - images.start, max(1, int(_CALL / one))):
+            sums = np.zeros((3, part.stop - part.start, 1))
 
-        def call(first: int, shifts: int, sums: Vector, x: Any = x, y: Any = y) -> None:
-            _core.conv_tile(problem.core, x, 0, y, 0, False, True, first, shifts, sums, None)
+            def call(first: int, shifts: int, sums: Vector, x: Any = x, y: Any = y, at: int = part.start) -> None:
+                _core.conv_tile(problem.core, x, at, y, at, False, False, True, first, shifts, sums, None)
 
-        _shifts(problem, sums, one * sums.shape[1], call)
-        result[:, part] = sums[:, :, 0]
+            _shifts(problem, sums, one * sums.shape[1], call)
+            result[:, images.start + part.start : images.start + part.stop] = sums[:, :, 0]
     return result
 
 
@@ -334,7 +349,9 @@ def _within(part: Part, tile: Tile) -> Part:
     return replace(part, rows=rows, cols=cols, mirrored=tile.diagonal)
 
 
-def _fill(problem: Problem, outs: list[Any], make: Any, progress: bool, *, slices: bool = False) -> None:
+def _fill(
+    problem: Problem, outs: list[Any], make: Any, own_sums: Vector | None, progress: bool, *, slices: bool = False
+) -> None:
     """The outputs, pair by pair, or the tiles that a record still wants, whole."""
     n, m = problem.shape
     record = record_of(outs)
@@ -343,7 +360,7 @@ def _fill(problem: Problem, outs: list[Any], make: Any, progress: bool, *, slice
         for tile in todo:
             shape = tile.rows.stop - tile.rows.start, tile.cols.stop - tile.cols.start
             targets = [np.empty(shape, problem.dtype)] if record else outs
-            for part in parts(problem, tile, slices=slices):
+            for part in parts(problem, tile, own_sums=own_sums, slices=slices):
                 place = _within(part, tile) if record else part
                 for k, target in enumerate(targets):
                     _store(target, place, make(k, part).astype(problem.dtype))
@@ -358,13 +375,13 @@ def gram(problem: Problem, kinds: tuple[str, ...], normalize: bool, out: Any, pr
     mixes = [_mix(problem.net, kind, problem.positions) for kind in kinds]
     outs = problem.allocate(out, [problem.shape] * len(kinds), kinds)
 
-    def factors(side: Side, name: str) -> list[Vector]:
-        sums = diagonal_sums(problem, side)
+    def factors(side: Side, sums: Vector, name: str) -> list[Vector]:
         return [_factors(problem, side, sums, mix, name, kind, normalize=normalize)
                 for mix, kind in zip(mixes, kinds, strict=True)]  # fmt: skip
 
-    left = factors(problem.x, "X")
-    right = left if problem.symmetric else factors(problem.y, "Y")
+    own_sums = diagonal_sums(problem, problem.x)
+    left = factors(problem.x, own_sums, "X")
+    right = left if problem.symmetric else factors(problem.y, diagonal_sums(problem, problem.y), "Y")
 
     if problem.gpu is not None:
         exact = problem.symmetric and normalize
@@ -377,7 +394,7 @@ def gram(problem: Problem, kinds: tuple[str, ...], normalize: bool, out: Any, pr
     def make(k: int, part: Part) -> Array:
         return (mixes[k].of(part.sums) * left[k][part.rows][:, None]) * right[k][part.cols]
 
-    _fill(problem, outs, make, progress)
+    _fill(problem, outs, make, own_sums if problem.symmetric else None, progress)
     if problem.symmetric and normalize:
         for array, f in zip(outs, left, strict=True):
             for i, value in enumerate(f):
@@ -415,7 +432,7 @@ def layer_grams(problem: Problem, out: Any, progress: bool) -> Any:
         return net.readout.weight_variance * slices * left[part.rows][:, None] * right[part.cols]
 
     if count:
-        _fill(problem, [result], make, progress, slices=True)
+        _fill(problem, [result], make, None, progress, slices=True)
     return result
 
 

@@ -93,6 +93,7 @@ def conv_tile(
     y: ConvImages,
     j0: int,
     triangle: bool,
+    strict: bool,
     paired: bool,
     first: int,
     shifts: int,
