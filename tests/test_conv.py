@@ -165,6 +165,12 @@ def test_every_width_and_every_seam(width):
                 assert_close(K, wanted, wanted.max(), max(bound, 1e-11))
 
 
+@pytest.mark.parametrize("window", [3, (5, 3), (7, 3), (5, 5)], ids=str)
+def test_a_circular_row_is_seen_again_and_again(window):
+    for readout in ("flatten", "gap"):
+        compare(nf.conv_net(2, window=window, padding="circular", readout=readout), images(2, (1, 4), 22))
+
+
 def test_multiples_keep_their_digits():
     # s(c u) = c s(u): the kernel of an image and its multiple is a multiple of the kernel of the image and itself.
     for grid in ((5, 9), (3, 17), (7,)):

@@ -27,8 +27,9 @@ struct Geometry {
           pad(round_up(p.reach_x, kLanes<T>)), stride(span + round_up(2 * p.reach_x, kLanes<T>)), circular(p.circular) {}
     int compact() const { return height * span; }
     int padded() const { return pad + height * stride; }
-    // Windows of three columns and three rows (or one, of a signal) are summed where they are needed.
-    bool fused() const { return reach_x == 1 && (reach_y == 1 || height == 1); }
+    // Windows of three columns and three rows (or one, of a signal) are summed where they are needed. On one circular row windows
+    // of more rows see it again and again.
+    bool fused() const { return reach_x == 1 && (reach_y == 1 || (height == 1 && (!circular || reach_y == 0))); }
     // Arrays of the second image hold every row twice, for shifts, with room for windows on both sides.
     int double_stride() const { return 2 * pad + round_up(width, kLanes<T>) + span; }
     int doubled() const { return height * double_stride(); }
