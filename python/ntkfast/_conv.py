@@ -136,14 +136,17 @@ class Problem:
                         raise ValueError(f"{error}: layer {k + 1}; normalise the images or raise the tolerance: "
                                          "Activation.with_tolerance(...)") from None  # fmt: skip
             ints.append([_HERMITE if table >= 0 else kind, table, -1, -1])
+            if scaled or k < last:
+                after = self._advance(row, ints[-1], var, mean, cache)
             if scaled:
                 # An image of variance 1 everywhere stays within 2^-+_STEP/4, so that float32 is far from its limits.
-                most = float(self._advance(row, ints[-1], var, mean, cache)[0].max())
+                most = float(after[0].max())
                 if most > 0 and abs(math.log2(most)) > _STEP / 4:
                     power = round(math.log2(most) / 2)
                     row = _suffix_row(layer, c, 0, power)
+                    after = self._advance(row, ints[-1], var, mean, cache)
             if scaled or k < last:
-                var, mean = self._advance(row, ints[-1], var, mean, cache)
+                var, mean = after
             down += power
             rows.append(row)
         core = _core.Plan(np.zeros((0, 9)), np.zeros((0, 5), dtype=np.int32), 1.0, 0.0, np.array(rows),
@@ -200,7 +203,11 @@ class Problem:
 
     def nanoseconds(self) -> float:
         """Rough time of one pair on all threads."""
-        one = (2.5 if self.fast else 40.0 + 3.0 * self.terms) * (0.4 if self.dtype == np.float32 and self.fast else 1.0)
+        # Measured on images of 32 x 32 with AVX-512; an instruction set of half the width takes twice as long, or more.
+        one = 40.0 + 3.0 * self.terms
+        if self.fast:
+            one = (0.3 if self.dtype == np.float32 else 0.8) * (1.5 if self.pooled else 1.0)
+            one *= {"v4": 1.0, "v3": 2.0}.get(_core.isa(), 5.0)
         lanes = 1 + 16 / self.width
         planes = self.positions if self.pooled else 1
         return float(one * lanes * self.positions * planes * len(self.net.layers) / _core.threads() + 100.0)
