@@ -245,7 +245,7 @@ def conv_net(
 
     Equal patches and near copies keep their digits. So do patches that are multiples of each other (an image and a
     brighter one, flat backgrounds of different brightness) for relu and every slope from -1 to 0 without biases, with
-    all layers but the first trained; such pairs take several times longer. Otherwise, and in :func:`conv_resnet`,
+    all layers but the first trained; such pairs take 3 to 5 times as long. Otherwise, and in :func:`conv_resnet`,
     kinked activations lose up to 1e-8 (float64) or 2e-4 (float32) of the kernel if all patches are such multiples.
 
     Examples
