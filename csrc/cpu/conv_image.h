@@ -28,6 +28,22 @@ struct FastImage {
     const T* array(int layer, int a) const { return data + (std::int64_t(layer) * arrays + (a < arrays ? a : 0)) * size; }
 };
 
+// From the window sums lam of the variances to the numbers of a layer, made (4, n): FastPoint; var and mean go on to the next layer.
+static void fast_points(const GeneralLayer& layer, const FastUnits& units, double least, int n, const double* lam, double* var, double* mean,
+                        double* made) {
+    const GeneralLayer l = layer;  // copies: a store might change what a reference points to
+    const FastUnits u = units;
+    const double factor = mean_factor(l), second = l.r * even_part(l);
+#pragma omp simd
+    for (int k = 0; k < n; ++k) {
+        const double window = l.cw * lam[k] < least ? 0.0 : l.cw * lam[k], mu = factor * sqrt_(window);
+        const FastPoint<double> point = fast_point(l, u, window, mean[k], var[k]);
+        made[k] = point.root, made[k + n] = point.inv, made[k + 2 * n] = point.mean, made[k + 3 * n] = point.half;
+        var[k] = l.p * l.p * var[k] + 2.0 * l.p * l.q * mean[k] * mu + second * window;
+        mean[k] = l.p * mean[k] + l.q * mu;
+    }
+}
+
 // Numbers of all layers of one image. x: (channels, positions); room: (8, positions).
 template <class T>
 void fast_image(const ConvPlan& p, const Geometry<T>& g, const T* x, bool twice, double* room, T* to, int size) {
@@ -35,20 +51,16 @@ void fast_image(const ConvPlan& p, const Geometry<T>& g, const T* x, bool twice,
     double *var = room, *mean = room + n, *columns = room + 2 * n, *lam = room + 3 * n, *made = room + 4 * n;
     for (int k = 0; k < n; ++k) var[k] = mean[k] = 0.0;
     for (int c = 0; c < p.channels; ++c) {
+#pragma omp simd
         for (int k = 0; k < n; ++k) made[k] = double(x[c * n + k]), var[k] += made[k] * made[k];
         put_plane(g, twice, made, to + (std::int64_t(p.n_layers) * arrays + c) * size);
     }
     double unit = kFirstUnit;
     for (int h = 0; h < p.n_layers; ++h) {
-        const GeneralLayer& l = p.layers[h];
-        const FastUnits u = fast_units(l, unit);
+        const FastUnits u = fast_units(p.layers[h], unit);
         T* out = to + std::int64_t(h) * arrays * size;
         window_variances(g, var, columns, lam);
-        for (int k = 0; k < n; ++k) {
-            lam[k] = l.cw * lam[k] < least_variance(T(0)) ? 0.0 : l.cw * lam[k];
-            const FastPoint<double> point = fast_point(l, u, lam[k], mean[k], var[k]);
-            made[k] = point.root, made[k + n] = point.inv, made[k + 2 * n] = point.mean, made[k + 3 * n] = point.half;
-        }
+        fast_points(p.layers[h], u, least_variance(T(0)), n, lam, var, mean, made);
         put_plane(g, twice, made, out + kRoot * size);
         put_plane(g, twice, made + n, out + kInverse * size);
         if (arrays > kHalf) {
@@ -56,12 +68,6 @@ void fast_image(const ConvPlan& p, const Geometry<T>& g, const T* x, bool twice,
             put_plane(g, twice, made + 3 * n, out + kHalf * size);
             for (int k = 0; k < n; ++k) columns[k] *= 0.5 / u.before;
             put_plane(g, twice, columns, out + kHalfSum * size);
-        }
-        const double factor = mean_factor(l), second = l.r * even_part(l);
-        for (int k = 0; k < n; ++k) {
-            const double mu = factor * sqrt_(lam[k]);
-            var[k] = l.p * l.p * var[k] + 2.0 * l.p * l.q * mean[k] * mu + second * lam[k];
-            mean[k] = l.p * mean[k] + l.q * mu;
         }
         unit = u.after;
     }

@@ -65,12 +65,13 @@ void set_shift(const Geometry<T>& g, int y, int x, Shift<T>& s) {
     for (int slot = 0; slot < 2 * g.reach_x; ++slot) {
         const int d = slot_offset(slot);
         T* to = s.masks.data + 3 * slot * g.span;
-        for (int c = 0; c < g.span; ++c) {
-            const int other = (c + x) % g.width;
-            const bool i = c < g.width && c + d >= 0 && c + d < g.width;
-            const bool j = c < g.width && other + d >= 0 && other + d < g.width;
-            to[c] = T(i && j), to[c + g.span] = T(i && !j), to[c + 2 * g.span] = T(j && !i);
+        for (int c = 0; c < g.width; ++c) {
+            const int other = c + x < g.width ? c + x : c + x - g.width;
+            const bool i = c + d >= 0 && c + d < g.width, j = other + d >= 0 && other + d < g.width;
+            to[c] = T(i & j), to[c + g.span] = T(i & !j), to[c + 2 * g.span] = T(j & !i);
         }
+        for (int part = 0; part < 3; ++part)
+            for (int c = g.width; c < g.span; ++c) to[c + part * g.span] = T(0);
     }
 }
 
@@ -217,6 +218,7 @@ void put_plane(const Geometry<T>& g, bool twice, const double* from, T* to) {
     for (int r = 0; r < g.height; ++r) {
         const double* row = from + r * g.width;
         T *start = to + r * step, *first = start + (twice ? g.pad : 0);
+#pragma omp simd
         for (int c = 0; c < g.width; ++c) first[c] = T(row[c]);
         for (int c = g.width; c < g.span && !twice; ++c) first[c] = T(0);
         for (int c = g.width; c < step - g.pad && twice; ++c) first[c] = first[c - g.width];
@@ -230,10 +232,11 @@ static void axis_sums(const double* in, double* out, int lines, int n, int inner
     for (int line = 0; line < lines; ++line) {
         const double* from = in + line * size;
         double* to = out + line * size;
-        for (std::int64_t k = 0; k < size; ++k) to[k] = from[k];
+        __builtin_memcpy(to, from, std::size_t(size) * sizeof(double));
         for (int d = -reach; d <= reach; ++d) {
             if (d == 0) continue;
             const std::int64_t by = std::int64_t(circular ? (d % n + n) % n : d) * inner;
+#pragma omp simd
             for (std::int64_t k = by < 0 ? -by : 0; k < (by > 0 ? size - by : size); ++k) to[k] += from[k + by];
             for (std::int64_t k = size - by; circular && k < size; ++k) to[k] += from[k + by - size];
         }

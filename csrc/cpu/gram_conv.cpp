@@ -4,6 +4,10 @@
 //   pooled     all shifts of the second image, height x width planes a pair
 //   parallel   blocks of pairs, or row shifts of pairs; sums do not depend on the number of threads
 //   compiled   once per instruction set with NTK_ISA; nothing here may have external linkage but `conv`
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "conv_fast.h"
 #include "conv_general.h"
 #include "write.h"
@@ -12,7 +16,23 @@ namespace ntk {
 namespace NTK_ISA {
 namespace {
 
-constexpr int kImages = 8;  // side of a block of pairs of flatten kernels: the numbers of its images stay in L2
+// Blocks of pairs of flatten kernels: the numbers of the images of one side and of one more stay in L2 (1 MiB, or 2), and every thread
+// gets some, for the last ones end at different times.
+constexpr int kImages = 8, kBlocksEach = 16;
+constexpr std::int64_t kNear = 768 << 10;
+template <class T>
+int images_of_block(const ConvPlan& p, std::int64_t each, std::int64_t rows, std::int64_t cols) {
+    if (p.pooled) return 1;
+#ifdef _OPENMP
+    const int threads = omp_get_max_threads();
+#else
+    const int threads = 1;
+#endif
+    int side = kImages;
+    const std::int64_t bytes = each * std::int64_t(sizeof(T)), blocks = std::int64_t(kBlocksEach) * threads;
+    while (side > 2 && ((side + 1) * bytes > kNear || rows * cols < blocks * side * side)) side /= 2;
+    return side;
+}
 
 template <class T>
 struct Fast {
@@ -119,8 +139,8 @@ bool run(const ConvPlan& p, const ConvTile& t) {
     using T = typename E::Number;
     const Geometry<T> g(p);
     const Side<E> x(p, t.x), y(p, t.y);
-    const std::int64_t columns = t.paired ? 1 : t.cols, pairs = t.rows * columns;
-    const std::int64_t blocks_i = (t.rows + kImages - 1) / kImages, blocks_j = (columns + kImages - 1) / kImages;
+    const std::int64_t columns = t.paired ? 1 : t.cols, pairs = t.rows * columns, side = images_of_block<T>(p, x.each, t.rows, columns);
+    const std::int64_t blocks_i = (t.rows + side - 1) / side, blocks_j = (columns + side - 1) / side;
     // One entry a shift, added up in order: the result does not depend on the threads.
     Buffer<double> parts(std::size_t(pairs * t.shifts * kTotals));
     if (!parts.ready()) return false;
@@ -139,9 +159,9 @@ bool run(const ConvPlan& p, const ConvTile& t) {
         for (std::int64_t bi = 0; bi < blocks_i; ++bi)
             for (std::int64_t bj = 0; bj < blocks_j; ++bj)
                 for (std::int64_t shift = 0; shift < t.shifts; ++shift) {
-                    const std::int64_t i1 = smaller(bi * kImages + kImages, t.rows), j1 = smaller(bj * kImages + kImages, columns);
-                    for (std::int64_t i = bi * kImages; i < i1; ++i)
-                        for (std::int64_t j = bj * kImages; j < j1; ++j) {
+                    const std::int64_t i1 = smaller(bi * side + side, t.rows), j1 = smaller(bj * side + side, columns);
+                    for (std::int64_t i = bi * side; i < i1; ++i)
+                        for (std::int64_t j = bj * side; j < j1; ++j) {
                             if (!ready || left_alone(t, i, j)) continue;
                             const std::int64_t at = i * columns + j;
                             unit<E>(p, g, x.image(t.i0 + i), y.image(t.j0 + (t.paired ? i : j)), int(t.first + shift), s, room,

@@ -15,7 +15,7 @@ from ntkfast._arrays import allocate, as_numpy, check_memory, result_dtype
 from ntkfast._cuda import conv as gpu_conv
 from ntkfast._cuda.device import find_place
 from ntkfast._cuda.gram import Backend, Output, Slices
-from ntkfast._images import Side, grid_first, prepared
+from ntkfast._images import Side, grid_first, prepared, window_sums
 from ntkfast._plan import _HERMITE, _IDS, _STEP, _expanded, _suffix_row, _table
 from ntkfast._tiles import Progress, Tile, record_of
 from ntkfast.convolution import ConvNetwork
@@ -130,20 +130,23 @@ class Problem:
             row, kind, table, power = _suffix_row(layer, c, 0, 0), _kind(layer), -1, 0
             if expanded[k]:
                 try:
-                    table = _table(layer.activation, row, self._window(var).ravel(), self.dtype, cache)
+                    table = _table(layer.activation, row, self._windows(var).ravel(), self.dtype, cache)
                 except _hermite.ExpansionError as error:
                     if layer.activation.name != "gelu":
                         raise ValueError(f"{error}: layer {k + 1}; normalise the images or raise the tolerance: "
                                          "Activation.with_tolerance(...)") from None  # fmt: skip
             ints.append([_HERMITE if table >= 0 else kind, table, -1, -1])
+            if scaled or k < last:
+                after = self._advance(row, ints[-1], var, mean, cache)
             if scaled:
                 # An image of variance 1 everywhere stays within 2^-+_STEP/4, so that float32 is far from its limits.
-                most = float(self._advance(row, ints[-1], var, mean, cache)[0].max())
+                most = float(after[0].max())
                 if most > 0 and abs(math.log2(most)) > _STEP / 4:
                     power = round(math.log2(most) / 2)
                     row = _suffix_row(layer, c, 0, power)
+                    after = self._advance(row, ints[-1], var, mean, cache)
             if scaled or k < last:
-                var, mean = self._advance(row, ints[-1], var, mean, cache)
+                var, mean = after
             down += power
             rows.append(row)
         core = _core.Plan(np.zeros((0, 9)), np.zeros((0, 5), dtype=np.int32), 1.0, 0.0, np.array(rows),
@@ -170,23 +173,12 @@ class Problem:
             np.array([ints], dtype=np.int32),
             [t[0].as_tuple() for _, _, t in cache],
         )
-        lam = np.ascontiguousarray(self._window(var).ravel())
+        lam = np.ascontiguousarray(self._windows(var).ravel())
         _, mu, second = (part.reshape(var.shape) for part in _core.rows(step, 0, lam, np.zeros_like(lam)))
         return p * p * var + 2 * p * q * mean * mu + r * second, p * mean + q * mu
 
-    def _window(self, var: Vector) -> Vector:
-        """Window sums over the last two axes."""
-        for axis, reach in zip((-2, -1), self.geometry[3:5], strict=True):
-            line = np.moveaxis(var, axis, 0)
-            total, n = line.copy(), len(line)
-            for d in range(1, reach + 1):
-                if self.geometry[5]:
-                    total += np.roll(line, d, axis=0) + np.roll(line, -d, axis=0)
-                elif d < n:
-                    total[d:] += line[:-d]
-                    total[:-d] += line[d:]
-            var = np.moveaxis(total, 0, axis)
-        return var
+    def _windows(self, var: Vector) -> Vector:
+        return window_sums(var, self.geometry[3:5], bool(self.geometry[5]))
 
     def allocate(self, out: Any, shapes: list[tuple[int, ...]], names: Sequence[str]) -> list[Any]:
         """The given outputs, checked, or new ones where the images are."""
@@ -200,7 +192,11 @@ class Problem:
 
     def nanoseconds(self) -> float:
         """Rough time of one pair on all threads."""
-        one = (2.5 if self.fast else 40.0 + 3.0 * self.terms) * (0.4 if self.dtype == np.float32 and self.fast else 1.0)
+        # Measured on images of 32 x 32 with AVX-512; an instruction set of half the width takes twice as long, or more.
+        one = 40.0 + 3.0 * self.terms
+        if self.fast:
+            one = (0.3 if self.dtype == np.float32 else 0.8) * (1.5 if self.pooled else 1.0)
+            one *= {"v4": 1.0, "v3": 2.0}.get(_core.isa(), 5.0)
         lanes = 1 + 16 / self.width
         planes = self.positions if self.pooled else 1
         return float(one * lanes * self.positions * planes * len(self.net.layers) / _core.threads() + 100.0)
@@ -443,20 +439,3 @@ def diagonal(problem: Problem, kind: str) -> Vector:
     f = _factors(problem, problem.x, sums, mix, "X", kind, normalize=False)
     values: Vector = (mix.of(sums) * f * f).astype(problem.dtype)
     return values
-
-
-def plan(net: ConvNetwork, X: Any) -> str:
-    """What ``gram(net, X)`` will do; see :meth:`ConvNetwork.plan`."""
-    problem = Problem(net, X, None, None, None, "channels_last")
-    n, grid = len(problem.x), "x".join(str(size) for size in problem.grid)
-    planes = f"all {problem.positions} shifts" if problem.pooled else "equal positions only"
-    state = "half squared distances" if problem.fast else "half squared distances and norms of sums, in float64"
-    seconds = 0.5e-9 * n * (n + 1) * problem.nanoseconds()
-    where, time = f"{_core.isa()} with {_core.threads()} threads", f"; about {seconds:.2g} s"
-    if problem.gpu is not None:
-        where, time = f"on {problem.gpu.name}", ""
-    return (
-        f"recursion on planes of positions: {len(net.layers)} layers, {planes}, {state}\n"
-        f"{n} images of {grid} positions and {problem.x.images.shape[1]} channels, {problem.dtype}, {where}\n"
-        f"result {n * n * problem.dtype.itemsize / 1e6:,.0f} MB{time}"
-    )

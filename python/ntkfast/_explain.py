@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ntkfast import _core
+from ntkfast import _conv, _core
 from ntkfast._gemm import fuses
 from ntkfast._plan import mix_of
 from ntkfast._problem import Problem
 from ntkfast._table import Path
 from ntkfast._tiles import Job, product, side_of
+from ntkfast.convolution import ConvNetwork
 from ntkfast.network import Network
 
 
@@ -67,3 +68,20 @@ def _estimate(problem: Problem, n: int, path: Path) -> float:
         _core.tile(problem.compiled.core, scratch, problem.x.tile(part), problem.x.tile(part), None, 0.0, out, None)
         times = [middle - start, time.perf_counter() - middle]
     return (n / small) ** 2 * (times[0] + times[1]) / 2 * (1 if n > small else 2)
+
+
+def plan_images(net: ConvNetwork, X: Any) -> str:
+    """What ``gram(net, X)`` will do; see :meth:`ConvNetwork.plan`."""
+    problem = _conv.Problem(net, X, None, None, None, "channels_last")
+    n, grid = len(problem.x), "x".join(str(size) for size in problem.grid)
+    planes = f"all {problem.positions} shifts" if problem.pooled else "equal positions only"
+    state = "half squared distances" if problem.fast else "half squared distances and norms of sums, in float64"
+    seconds = 0.5e-9 * n * (n + 1) * problem.nanoseconds()
+    where, time = f"{_core.isa()} with {_core.threads()} threads", f"; about {seconds:.2g} s"
+    if problem.gpu is not None:
+        where, time = f"on {problem.gpu.name}", ""
+    return (
+        f"recursion on planes of positions: {len(net.layers)} layers, {planes}, {state}\n"
+        f"{n} images of {grid} positions and {problem.x.images.shape[1]} channels, {problem.dtype}, {where}\n"
+        f"result {n * n * problem.dtype.itemsize / 1e6:,.0f} MB{time}"
+    )

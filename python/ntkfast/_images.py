@@ -68,3 +68,18 @@ def prepared(x: Array, name: str, dtype: np.dtype[Any], *, scaled: bool) -> Side
         half = -common // 2
         flat[...] = np.ldexp(np.ldexp(flat, half[:, None]), (-common - half)[:, None])
     return Side(images, np.where(largest > 0, np.ldexp(1.0, common), 0.0))
+
+
+def window_sums(var: Vector, reaches: tuple[int, ...], circular: bool) -> Vector:
+    """Sums over the windows around all positions, the last two axes."""
+    for axis, reach in zip((-2, -1), reaches, strict=True):
+        line = np.moveaxis(var, axis, 0)
+        total, n = line.copy(), len(line)
+        for d in range(1, reach + 1):
+            if circular:
+                total += np.roll(line, d, axis=0) + np.roll(line, -d, axis=0)
+            elif d < n:
+                total[d:] += line[:-d]
+                total[:-d] += line[d:]
+        var = np.moveaxis(total, 0, axis)
+    return var
