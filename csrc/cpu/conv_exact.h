@@ -11,7 +11,8 @@ template <class T>
 struct FastRoom {
     Buffer<T> E, M, e, m, columns, sums, zeros;  // E and M twice: before and after a layer
     FastRoom(const ConvPlan&, const Geometry<T>& g)
-        : E(2 * g.padded()), M(2 * g.padded()), e(g.compact()), m(g.compact()), columns(g.compact()), sums(5 * g.span), zeros(g.stride + g.pad) {
+        : E(2 * g.padded()), M(2 * g.padded()), e(g.compact()), m(g.compact()), columns(g.compact()), sums(5 * g.span),
+          zeros(g.stride + g.pad) {
         if (!ready()) return;
         for (int k = 0; k < 2 * g.padded(); ++k) E.data[k] = M.data[k] = T(0);
         for (int c = 0; c < 5 * g.span; ++c) sums.data[c] = T(0);
@@ -98,7 +99,8 @@ static void exact_start(const Geometry<T>& g, const Shift<T>& s, const T* x, int
                 const T *first = x + k * x_size + r * g.span, *second = y + k * y_size + other * step_j;
 #pragma omp simd
                 for (int c = start; c < stop; ++c) {
-                    const T a = one[c] > T(0) ? first[c] / one[c] : T(0), b = two[c] > T(0) ? second[c] / two[c] : T(0), n = one[c] * two[c];
+                    const T a = one[c] > T(0) ? first[c] / one[c] : T(0), n = one[c] * two[c];
+                    const T b = two[c] > T(0) ? second[c] / two[c] : T(0);
                     minus[c] = fma_(n * (a - b), a - b, minus[c]), plus[c] = fma_(n * (a + b), a + b, plus[c]);
                 }
             }
@@ -152,7 +154,8 @@ static void exact_plane(const ConvPlan& p, const Geometry<T>& g, const Shift<T>&
         window_sum<T>(g, s, nullptr, T(1), room.E.data, room.e.data, room.columns.data, zeros);
         window_sum<T>(g, s, nullptr, T(1), room.M.data, room.m.data, room.columns.data, zeros);
         norms_apart(g, s, a_i, a_j, i.array(h, kInverse), j.array(h, kInverse) + offset_j, step_j, room.zeros.data, room.columns.data);
-        (h ? exact_layer<false, T> : exact_layer<true, T>)(g, s, l, T(p.layers[h].w), i, j, h, step_j, offset_j, room, room.columns.data, sums);
+        (h ? exact_layer<false, T> : exact_layer<true, T>)(g, s, l, T(p.layers[h].w), i, j, h, step_j, offset_j, room,
+                                                           room.columns.data, sums);
         const T factor = sqrt_(l.scale);
         pad_plane(g, i.array(h, kRoot), g.span, factor, a_i);
         pad_plane(g, j.array(h, kRoot) + base_j, step_j, factor, a_j);

@@ -114,13 +114,16 @@ static void fast_layer_by(bool first, bool scaled, bool last, const Geometry<T>&
     return last ? fast_sweep<false, false, true, SOURCE, U>(g, s, a) : fast_sweep<false, false, false, SOURCE, U>(g, s, a);
 }
 template <class T>
-static void fast_layer_of(FastSource source, bool first, bool scaled, bool last, const Geometry<T>& g, const Shift<T>& s, const FastSweep<T>& a) {
+static void fast_layer_of(FastSource source, bool first, bool scaled, bool last, const Geometry<T>& g, const Shift<T>& s,
+                          const FastSweep<T>& a) {
     if (source == kSums) return fast_layer_by<kSums, 1>(first, scaled, last, g, s, a);
     constexpr int many = kTogether;
     if (g.span % (many * kLanes<T>)) {
-        return source == kSeam ? fast_layer_by<kSeam, 1>(first, scaled, last, g, s, a) : fast_layer_by<kState, 1>(first, scaled, last, g, s, a);
+        return source == kSeam ? fast_layer_by<kSeam, 1>(first, scaled, last, g, s, a)
+                               : fast_layer_by<kState, 1>(first, scaled, last, g, s, a);
     }
-    return source == kSeam ? fast_layer_by<kSeam, many>(first, scaled, last, g, s, a) : fast_layer_by<kState, many>(first, scaled, last, g, s, a);
+    return source == kSeam ? fast_layer_by<kSeam, many>(first, scaled, last, g, s, a)
+                           : fast_layer_by<kState, many>(first, scaled, last, g, s, a);
 }
 
 // E and F before the first layer, in units of kFirstUnit. CHANNELS = 0: any number.
@@ -196,7 +199,8 @@ void fast_plane(const ConvPlan& p, const Geometry<T>& g, const Shift<T>& s, cons
         const FastSweep<T> a{fast_layer<double>(l, u), l.w, E, M, room.e.data, room.m.data, next_E, next_M,
                              i.array(h, kRoot), i.array(h, kInverse), i.array(h, kMean), i.array(h, kHalf), i.array(h, kHalfSum),
                              j.array(h, kRoot) + offset_j, j.array(h, kInverse) + offset_j, j.array(h, kMean) + offset_j,
-                             j.array(h, kHalf) + offset_j, j.array(h, kHalfSum) + offset_j, step_j, room.sums.data, room.sums.data + 4 * g.span};
+                             j.array(h, kHalf) + offset_j, j.array(h, kHalfSum) + offset_j, step_j, room.sums.data,
+                             room.sums.data + 4 * g.span};
         if (beside) {
             finish_plane(g, s, g.fused() && s.seam_x ? a.half_j : nullptr, step_j, E);
             finish_plane(g, s, g.fused() && s.seam_x && first ? a.half_j : nullptr, step_j, M);

@@ -186,8 +186,8 @@ static void general_slices(const ConvPlan& p, const Geometry<double>& g, const S
 }
 
 // All layers of one plane; total (3,) += T + S, S, own term of the last layer, over its positions.
-static void general_plane(const ConvPlan& p, const Geometry<double>& g, const Shift<double>& s, const GeneralImage& i, const GeneralImage& j,
-                          GeneralRoom& room, double* total, double* slices, std::int64_t step) {
+static void general_plane(const ConvPlan& p, const Geometry<double>& g, const Shift<double>& s, const GeneralImage& i,
+                          const GeneralImage& j, GeneralRoom& room, double* total, double* slices, std::int64_t step) {
     const int stride_j = p.pooled ? g.double_stride() : g.span, offset_j = p.pooled ? g.pad + s.x : 0;
     const double *x = i.array(p.n_layers, 0), *y = j.array(p.n_layers, 0);
     for (int r = 0; r < g.height; ++r) {

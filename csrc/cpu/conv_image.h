@@ -29,8 +29,8 @@ struct FastImage {
 };
 
 // From the window sums lam of the variances to the numbers of a layer, made (4, n): FastPoint; var and mean go on to the next layer.
-static void fast_points(const GeneralLayer& layer, const FastUnits& units, double least, int n, const double* lam, double* var, double* mean,
-                        double* made) {
+static void fast_points(const GeneralLayer& layer, const FastUnits& units, double least, int n, const double* lam, double* var,
+                        double* mean, double* made) {
     const GeneralLayer l = layer;  // copies: a store might change what a reference points to
     const FastUnits u = units;
     const double factor = mean_factor(l), second = l.r * even_part(l);

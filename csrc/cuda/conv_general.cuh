@@ -74,7 +74,8 @@ struct ConvAny {
         const Correlation c = conv_correlation(l, window.e, window.f, ri.root, ri.inv, rj.root, rj.inv);
         const bool panels = l.activation == kHermite && job.tables[l.table].panels > 0;
         const PairNumbers u = panels ? series_pair(job.tables[l.table], x, y, size, c) : activation_pair(l, job.tables, ri, rj, c);
-        const ConvResult r = conv_step(l, window, before, u, {ri.root, ri.inv, x.mean, ri.mu, ri.q}, {rj.root, rj.inv, y.mean, rj.mu, rj.q});
+        const ConvResult r = conv_step(l, window, before, u, {ri.root, ri.inv, x.mean, ri.mu, ri.q},
+                                       {rj.root, rj.inv, y.mean, rj.mu, rj.q});
         to[a] = r.state.e, to[size + a] = r.state.f, to[2 * size + a] = r.state.t;
         if (job.own) {
             double* own = own_terms(h) + a;

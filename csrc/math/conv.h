@@ -169,7 +169,8 @@ struct ConvPoint {
     double root, inv, mean, mu, q;
 };
 
-NTK_INLINE Correlation conv_correlation(const GeneralLayer& l, double e, double f, double root_i, double inv_i, double root_j, double inv_j) {
+NTK_INLINE Correlation conv_correlation(const GeneralLayer& l, double e, double f, double root_i, double inv_i, double root_j,
+                                        double inv_j) {
     const double dn = root_i - root_j, half = 0.5 * dn * dn, scale = inv_i * inv_j;
     const double minus = at_least(e - half, 0.0) * scale, plus = at_least(f + 2.0 * l.cb - half, 0.0) * scale;
     const double least = plus < minus ? plus : minus;
