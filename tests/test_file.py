@@ -419,7 +419,7 @@ def test_killed_fifty_times(fresh_python, rows, shape):
 def test_ctrl_c_leaves_a_file_that_resumes(path, monkeypatch):
     monkeypatch.undo()
     np.save(path.with_name("X.npy"), np.random.default_rng(0).standard_normal((3000, 4)))
-    arguments = ("gram", "X.npy", "--out", "K.npy", "--network", "fully_connected", "--depth", "60", "--activation",
+    arguments = ("gram", "X.npy", "--out", "K.npy", "--network", "fully_connected", "--depth", "600", "--activation",
                  "erf", "--quiet", "--resume")  # fmt: skip
     command = [sys.executable, "-m", "ntkfast", *arguments]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=path.parent)
