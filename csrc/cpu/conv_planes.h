@@ -11,7 +11,6 @@
 namespace ntk {
 namespace {
 
-constexpr int kMostReach = 31;
 
 NTK_INLINE int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
