@@ -171,6 +171,18 @@ def test_a_circular_row_is_seen_again_and_again(window):
         compare(nf.conv_net(2, window=window, padding="circular", readout=readout), images(2, (1, 4), 22))
 
 
+@pytest.mark.parametrize("padding", ["zeros", "circular"])
+def test_correlations_may_fall_from_layer_to_layer(padding):
+    """A few bright pixels: windows that meet late are nearly orthogonal, after layers where all others were close."""
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        X = np.zeros((2, 1, 12, 2))
+        for x in X:
+            some = rng.choice(12, rng.integers(1, 5), replace=False)
+            x[0, some] = rng.uniform(0.1, 1, (len(some), 2)) ** 2
+        compare(nf.conv_net(6, padding=padding), X)
+
+
 def test_multiples_keep_their_digits():
     # s(c u) = c s(u): the kernel of an image and its multiple is a multiple of the kernel of the image and itself.
     for grid in ((5, 9), (3, 17), (7,)):

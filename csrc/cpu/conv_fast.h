@@ -19,7 +19,7 @@ struct FastSweep {
     const T *root_i, *inv_i, *mean_i, *half_i, *half_sum_i, *root_j, *inv_j, *mean_j, *half_j, *half_sum_j;
     int step_j;
     T* totals;                      // (3, span) of the last layer: M, S, own term
-    T* loss;                        // (span,) of the first layer: largest loss of a column
+    T* watch;                       // (span,) the largest loss of a column in the first layer; the largest z in later ones (kState)
 };
 
 // Where window sums come from: planes of sums, the state, the state with a seam between two columns.
@@ -62,7 +62,7 @@ struct FastWindow {
     }
 };
 
-template <bool FIRST, bool SCALED, bool LAST, FastSource SOURCE, int U, class T>
+template <bool FIRST, bool SCALED, bool LAST, int RANGE, FastSource SOURCE, int U, class T>
 __attribute__((noinline)) static void fast_sweep(const Geometry<T>& geometry, const Shift<T>& s, const FastSweep<T>& sweep) {
     using P = Pack<T, U>;
     // Copies: a store might change what a reference points to, as far as the compiler knows.
@@ -72,7 +72,7 @@ __attribute__((noinline)) static void fast_sweep(const Geometry<T>& geometry, co
     const P trained(a.trained), zero(0.0);
     FastWindow<SOURCE, U, T> w{g, a, {}, {}, 0, s.y, g.circular && g.reach_y, s.seam_y};
     for (int c = w.c = 0; c < g.span; c = w.c += P::kWidth) {
-        P totals[3] = {zero, zero, zero}, loss = zero;
+        P totals[3] = {zero, zero, zero}, watch = zero;
         int shift = s.y;  // of the partner's row
         auto step = [&](int r, const P& e, const P& m) __attribute__((always_inline)) {
             const int i = r * g.span + c, j = (r + shift) * a.step_j + c, state = r * g.stride + g.pad + c;
@@ -81,8 +81,8 @@ __attribute__((noinline)) static void fast_sweep(const Geometry<T>& geometry, co
             const FastPoint<P> second{load_pack<U>(a.root_j + j), load_pack<U>(a.inv_j + j), SCALED ? load_pack<U>(a.mean_j + j) : zero,
                                       SCALED && LAST ? load_pack<U>(a.half_j + j) : zero};
             const FastState<P> before{SCALED ? load_pack<U>(a.E + state) : zero, SCALED ? load_pack<U>(a.M + state) : zero};
-            const FastResult<P> result = fast_step<FIRST, SCALED>(l, trained, FastState<P>{e, m}, before, first, second);
-            if (FIRST) loss = at_least(loss, result.loss);
+            const FastResult<P> result = fast_step<FIRST, SCALED, RANGE>(l, trained, FastState<P>{e, m}, before, first, second);
+            if (FIRST || SOURCE == kState) watch = at_least(watch, result.watch);
             if (LAST) totals[0] = totals[0] + result.state.m, totals[1] = totals[1] + result.s, totals[2] = totals[2] + result.own;
             else save_pack(a.to_E + state, result.state.e), save_pack(a.to_M + state, result.state.m);
         };
@@ -96,34 +96,43 @@ __attribute__((noinline)) static void fast_sweep(const Geometry<T>& geometry, co
             P e_here = w.columns(a.E, r, true), m_here = w.columns(a.M, r, FIRST);
             for (; r + 1 < stop; ++r) {
                 const P e_next = w.columns(a.E, r + 1, true), m_next = w.columns(a.M, r + 1, FIRST);
-                step(r, (e_above + e_next) + e_here, (m_above + m_next) + m_here);
+                step(r, (e_above + e_here) + e_next, (m_above + m_here) + m_next);
                 e_above = e_here, e_here = e_next, m_above = m_here, m_here = m_next;
             }
             step(r, (e_above + w.beyond(a.E, r, 1, true)) + e_here, (m_above + w.beyond(a.M, r, 1, FIRST)) + m_here);
             ++r;
         }
-        if (FIRST) save_pack(a.loss + c, loss);
+        if (FIRST || SOURCE == kState) save_pack(a.watch + c, watch);
         for (int k = 0; LAST && k < 3; ++k) save_pack(a.totals + k * g.span + c, totals[k]);
     }
 }
+template <bool FIRST, int RANGE, FastSource SOURCE, int U, class T>
+static void fast_layer_by(bool scaled, bool last, const Geometry<T>& g, const Shift<T>& s, const FastSweep<T>& a) {
+    if (scaled) {
+        return last ? fast_sweep<FIRST, true, true, RANGE, SOURCE, U>(g, s, a)
+                    : fast_sweep<FIRST, true, false, RANGE, SOURCE, U>(g, s, a);
+    }
+    return last ? fast_sweep<FIRST, false, true, RANGE, SOURCE, U>(g, s, a) : fast_sweep<FIRST, false, false, RANGE, SOURCE, U>(g, s, a);
+}
 template <FastSource SOURCE, int U, class T>
-static void fast_layer_by(bool first, bool scaled, bool last, const Geometry<T>& g, const Shift<T>& s, const FastSweep<T>& a) {
-    if (first && scaled) return last ? fast_sweep<true, true, true, SOURCE, U>(g, s, a) : fast_sweep<true, true, false, SOURCE, U>(g, s, a);
-    if (first) return last ? fast_sweep<true, false, true, SOURCE, U>(g, s, a) : fast_sweep<true, false, false, SOURCE, U>(g, s, a);
-    if (scaled) return last ? fast_sweep<false, true, true, SOURCE, U>(g, s, a) : fast_sweep<false, true, false, SOURCE, U>(g, s, a);
-    return last ? fast_sweep<false, false, true, SOURCE, U>(g, s, a) : fast_sweep<false, false, false, SOURCE, U>(g, s, a);
+static void fast_layer_with(bool first, bool scaled, bool last, int range, const Geometry<T>& g, const Shift<T>& s,
+                            const FastSweep<T>& a) {
+    if (first) return fast_layer_by<true, 0, SOURCE, U>(scaled, last, g, s, a);
+    if (SOURCE != kState || range == 0) return fast_layer_by<false, 0, SOURCE, U>(scaled, last, g, s, a);
+    return range == 1 ? fast_layer_by<false, 1, kState, U>(scaled, last, g, s, a)
+                      : fast_layer_by<false, 2, kState, U>(scaled, last, g, s, a);
 }
 template <class T>
-static void fast_layer_of(FastSource source, bool first, bool scaled, bool last, const Geometry<T>& g, const Shift<T>& s,
+static void fast_layer_of(FastSource source, bool first, bool scaled, bool last, int range, const Geometry<T>& g, const Shift<T>& s,
                           const FastSweep<T>& a) {
-    if (source == kSums) return fast_layer_by<kSums, 1>(first, scaled, last, g, s, a);
+    if (source == kSums) return fast_layer_with<kSums, 1>(first, scaled, last, range, g, s, a);
     constexpr int many = kTogether;
     if (g.span % (many * kLanes<T>)) {
-        return source == kSeam ? fast_layer_by<kSeam, 1>(first, scaled, last, g, s, a)
-                               : fast_layer_by<kState, 1>(first, scaled, last, g, s, a);
+        return source == kSeam ? fast_layer_with<kSeam, 1>(first, scaled, last, range, g, s, a)
+                               : fast_layer_with<kState, 1>(first, scaled, last, range, g, s, a);
     }
-    return source == kSeam ? fast_layer_by<kSeam, many>(first, scaled, last, g, s, a)
-                           : fast_layer_by<kState, many>(first, scaled, last, g, s, a);
+    return source == kSeam ? fast_layer_with<kSeam, many>(first, scaled, last, range, g, s, a)
+                           : fast_layer_with<kState, many>(first, scaled, last, range, g, s, a);
 }
 
 // E and F before the first layer, in units of kFirstUnit. CHANNELS = 0: any number.
@@ -168,14 +177,27 @@ NTK_INLINE void finish_plane(const Geometry<T>& g, const Shift<T>& s, const T* h
     }
 }
 
+template <class T>
+static T largest(const Geometry<T>& g, const T* columns) {
+    T most = T(0);
+#pragma omp simd reduction(max : most)
+    for (int c = 0; c < g.width; ++c) most = columns[c] > most ? columns[c] : most;
+    return most;
+}
 // Whether patches of different norms are so close to multiples of each other that the first layer lost digits.
 template <class T>
-static bool parallel(const ConvPlan& p, const Geometry<T>& g, const T* loss) {
-    T most = T(0);
-    for (int c = 0; c < g.width; ++c) most = loss[c] > most ? loss[c] : most;
+static bool parallel(const ConvPlan& p, T loss) {
     bool skip = false;
     for (int h = 0; h < p.n_layers; ++h) skip = skip || p.layers[h].p != 0.0;
-    return most > T(least_loss(T(0))) && !skip;
+    return loss > T(least_loss(T(0))) && !skip;
+}
+// The shortest fit for z as large as in the layer before: correlations mostly grow from layer to layer. (Beyond a seam they do not,
+// and where window sums are made apart these take the time.)
+template <class T>
+static int range_for(T z) {
+    int range = 0;
+    while (range < 2 && z <= T(kArcRange[range + 1])) ++range;
+    return range;
 }
 
 // All layers of one plane; total (3,) += T + S, S, own term of the last layer, over its positions.
@@ -192,6 +214,7 @@ void fast_plane(const ConvPlan& p, const Geometry<T>& g, const Shift<T>& s, cons
     const bool seam = s.seam_x || s.seam_y, beside = p.pooled || g.circular || g.span != g.width;
     const FastSource source = !g.fused() ? kSums : s.seam_x ? kSeam : kState;
     double unit = kFirstUnit;
+    int range = 0;
     for (int h = 0; h < p.n_layers; ++h) {
         const GeneralLayer& l = p.layers[h];
         const FastUnits u = fast_units(l, unit);
@@ -210,8 +233,14 @@ void fast_plane(const ConvPlan& p, const Geometry<T>& g, const Shift<T>& s, cons
             window_sum<T>(g, s, seam ? &fill : nullptr, T(1), E, room.e.data, room.columns.data, room.sums.data + 3 * g.span);
             window_sum<T>(g, s, seam && first ? &fill : nullptr, T(1), M, room.m.data, room.columns.data, room.sums.data + 3 * g.span);
         }
-        fast_layer_of(source, first, u.scaled, last, g, s, a);
-        if (first && parallel(p, g, a.loss)) return exact_plane(p, g, s, i, j, room, total);
+        fast_layer_of(source, first, u.scaled, last, range, g, s, a);
+        T most = largest(g, a.watch);
+        if (first && parallel(p, most)) return exact_plane(p, g, s, i, j, room, total);
+        if (range && most > T(kArcRange[range])) {
+            fast_layer_of(source, first, u.scaled, last, 0, g, s, a);
+            most = largest(g, a.watch);
+        }
+        range = first || source != kState ? 0 : range_for(most);  // what the first layer watches is no z
         T *old_E = E, *old_M = M;
         E = next_E, M = next_M, next_E = old_E, next_M = old_M;
         unit = u.after;

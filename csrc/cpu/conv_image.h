@@ -33,14 +33,14 @@ static void fast_points(const GeneralLayer& layer, const FastUnits& units, doubl
                         double* mean, double* made) {
     const GeneralLayer l = layer;  // copies: a store might change what a reference points to
     const FastUnits u = units;
-    const double factor = mean_factor(l), second = l.r * even_part(l);
+    const double factor = mean_factor(l), half = even_part(l);
 #pragma omp simd
     for (int k = 0; k < n; ++k) {
-        const double window = l.cw * lam[k] < least ? 0.0 : l.cw * lam[k], mu = factor * sqrt_(window);
+        const double window = fast_variance(l, lam[k], least);
         const FastPoint<double> point = fast_point(l, u, window, mean[k], var[k]);
         made[k] = point.root, made[k + n] = point.inv, made[k + 2 * n] = point.mean, made[k + 3 * n] = point.half;
-        var[k] = l.p * l.p * var[k] + 2.0 * l.p * l.q * mean[k] * mu + second * window;
-        mean[k] = l.p * mean[k] + l.q * mu;
+        const RowState after = advance_row(l, {var[k], mean[k]}, half * window, factor * sqrt_(window));
+        var[k] = after.var, mean[k] = after.mean;
     }
 }
 

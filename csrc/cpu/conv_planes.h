@@ -11,7 +11,6 @@
 namespace ntk {
 namespace {
 
-
 NTK_INLINE int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
 // Layout of the planes. padded: rows `stride` apart with columns on both sides, what windows see outside (zeros or the other

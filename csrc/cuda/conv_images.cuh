@@ -36,8 +36,7 @@ template <class T>
 struct FastImages {
     using Number = T;
     static __device__ __forceinline__ double variance(const GeneralLayer& l, double sum) {
-        const double lam = l.cw * sum;
-        return lam < least_variance(T(0)) ? 0.0 : lam;
+        return fast_variance(l, sum, least_variance(T(0)));
     }
     static __device__ __forceinline__ void write(const ConvJob& job, const GeneralLayer& l, const FastUnits& u, T* to, int size, int a,
                                                  const RowNumbers& n, double var, double mean, const double* plane) {

@@ -92,7 +92,7 @@ template <int RANGE = 0, class T>
 NTK_INLINE Arc<T> arc_half(T z) {  // from z = x / 2
     T y = root_(z);
     T z2 = z * z;
-    return {y * angle_fit<RANGE>(z, z2), y * z * area_fit<RANGE>(z, z2)};
+    return {y * angle_fit<RANGE>(z, z2), y * (z * area_fit<RANGE>(z, z2))};
 }
 template <int RANGE = 0, class T>
 NTK_INLINE Arc<T> arc(T x) {

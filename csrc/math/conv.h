@@ -22,6 +22,10 @@ namespace ntk {
 // Window variances below this share of the image's mean are zero: the inverse of their product must be finite.
 NTK_INLINE double least_variance(double) { return 1e-280; }
 NTK_INLINE double least_variance(float) { return 1e-32; }
+NTK_INLINE double fast_variance(const GeneralLayer& l, double sum, double least) {
+    const double lam = l.cw * sum;
+    return lam < least ? 0.0 : lam;
+}
 
 NTK_INLINE double mean_factor(const GeneralLayer& l) { return (1.0 - l.slope) * kInvSqrt2Pi; }
 NTK_INLINE double even_part(const GeneralLayer& l) { return 0.5 * fma_(l.slope, l.slope, 1.0); }          // h0
@@ -62,7 +66,7 @@ struct FastPoint {
 NTK_INLINE FastPoint<double> fast_point(const GeneralLayer& l, const FastUnits& u, double lam, double mean, double var) {
     const double root = sqrt_(lam);
     return {root * sqrt_(0.5 / u.sums), root > 0.0 ? sqrt_(0.5 * u.sums) / root : 0.0,
-            l.p * l.q * mean_factor(l) * sqrt_(2.0 * u.sums) / u.after * mean, 0.5 * var / u.before};
+            l.p * l.q * mean_factor(l) * sqrt_(2.0 * u.sums) / u.after * mean, 0.5 / u.before * var};
 }
 template <class T>
 struct FastState {
@@ -74,20 +78,21 @@ struct FastTerms {
     T q, e, d;  // Q, E_Q and D, in units of U h0
     T cov;      // C, in units of U
     T difference;
-    T loss;     // of the first layer
+    T watch;    // what the caller must look at: the loss of the first layer, z of later ones
 };
 // From z; e: what E_Q starts from.
-template <class T>
+template <int RANGE = 0, class T>
 NTK_INLINE FastTerms<T> fast_terms_at(const FastLayer<T>& l, T n, T z, T e, T difference) {
-    const Arc<T> u = arc_half(z);
-    const T area = (l.k + l.k) * u.area, cosine = fma_(T(-4), z, T(2));
-    return {n * (cosine + area), fma_(-n, area, e), fma_(-l.k, u.theta, l.slope + l.k), n * cosine, difference, T(0)};
+    const Arc<T> u = arc_half<RANGE>(z);
+    const T odd = (l.k + l.k) * n, cov = n * fma_(T(-4), z, T(2));
+    return {fma_(odd, u.area, cov), fma_(-odd, u.area, e), fma_(-l.k, u.theta, l.slope + l.k), cov, difference, z};
 }
-template <class T>
+// RANGE > 0: useless where z exceeds kArcRange[RANGE].
+template <int RANGE = 0, class T>
 NTK_INLINE FastTerms<T> fast_terms(const FastLayer<T>& l, T e, const FastPoint<T>& i, const FastPoint<T>& j) {
     const T difference = i.root - j.root;
-    const T z = at_most(at_least(fma_(-difference, difference, e), T(0)) * i.inv * j.inv, T(0.5));
-    return fast_terms_at(l, i.root * j.root, z, e, difference);
+    const T z = at_least(fma_(-difference, difference, e), T(0)) * (i.inv * j.inv);
+    return fast_terms_at<RANGE>(l, i.root * j.root, RANGE ? z : at_most(z, T(0.5)), e, difference);
 }
 // The first layer, negative: rho < 0; near: what E_Q starts from if |rho| is near 1, half: what it starts from if rho < 0.
 template <class T, class Mask>
@@ -134,22 +139,22 @@ NTK_INLINE FastTerms<T> exact_terms(const FastLayer<T>& l, T x, T y, T apart, co
 template <class T>
 struct FastResult {
     FastState<T> state;
-    T s, own, loss;
+    T s, own, watch;
 };
 // w: sums over the window; before: the state at the position (if scaled); trained: w of the first layer, 0 or 1.
 template <bool FIRST, bool SCALED, class T>
 NTK_INLINE FastResult<T> fast_result(const FastLayer<T>& l, T trained, const FastTerms<T>& t, const FastState<T>& w,
                                      const FastState<T>& before, const FastPoint<T>& i, const FastPoint<T>& j) {
     const T m = FIRST ? trained * T(0.5) * (w.m - w.e) : w.m;
-    if (!SCALED) return {{t.e, fma_(t.d, m, t.q)}, t.q, t.d * t.cov, t.loss};
+    if (!SCALED) return {{t.e, fma_(t.d, m, t.q)}, t.q, t.d * t.cov, t.watch};
     const T d = l.scale * t.d, branch = fma_(i.mean, j.root, fma_(j.mean, i.root, l.scale * t.q));
     return {{fma_(l.skip, before.e, fma_(i.mean - j.mean, t.difference, l.scale * t.e)), fma_(l.skip, before.m, fma_(d, m, branch))},
-            fma_(l.skip, (i.half + j.half) - before.e, branch), d * t.cov, t.loss};
+            fma_(l.skip, (i.half + j.half) - before.e, branch), d * t.cov, t.watch};
 }
-template <bool FIRST, bool SCALED, class T>
+template <bool FIRST, bool SCALED, int RANGE = 0, class T>
 NTK_INLINE FastResult<T> fast_step(const FastLayer<T>& l, T trained, const FastState<T>& w, const FastState<T>& before,
                                    const FastPoint<T>& i, const FastPoint<T>& j) {
-    const FastTerms<T> t = FIRST ? fast_first(l, w.e, w.m, i, j) : fast_terms(l, w.e, i, j);
+    const FastTerms<T> t = FIRST ? fast_first(l, w.e, w.m, i, j) : fast_terms<RANGE>(l, w.e, i, j);
     return fast_result<FIRST, SCALED>(l, trained, t, w, before, i, j);
 }
 
