@@ -16,22 +16,27 @@ namespace ntk {
 namespace NTK_ISA {
 namespace {
 
-// Blocks of pairs of flatten kernels: the numbers of the images of one side and of one more stay in L2 (1 MiB, or 2), and every thread
-// gets some, for the last ones end at different times.
-constexpr int kImages = 8, kBlocksEach = 16;
-constexpr std::int64_t kNear = 768 << 10;
+// Blocks of pairs of flatten kernels, `rows` times `cols`: the numbers of the second images and of one first image stay in L2 (1 MiB, or
+// 2), first images come from further away, each for all second ones. Every thread gets some blocks: the last ones end at different times.
+constexpr int kFirst = 64, kSecond = 8, kBlocksEach = 16;
+constexpr std::int64_t kNear = 512 << 10;
+struct Block {
+    std::int64_t rows, cols;
+};
 template <class T>
-int images_of_block(const ConvPlan& p, std::int64_t each, std::int64_t rows, std::int64_t cols) {
-    if (p.pooled) return 1;
+Block block_of(const ConvPlan& p, std::int64_t each, std::int64_t rows, std::int64_t cols) {
+    if (p.pooled) return {1, 1};
 #ifdef _OPENMP
     const int threads = omp_get_max_threads();
 #else
     const int threads = 1;
 #endif
-    int side = kImages;
-    const std::int64_t bytes = each * std::int64_t(sizeof(T)), blocks = std::int64_t(kBlocksEach) * threads;
-    while (side > 2 && ((side + 1) * bytes > kNear || rows * cols < blocks * side * side)) side /= 2;
-    return side;
+    Block b{kFirst, kSecond};
+    while (b.cols > 2 && (b.cols + 1) * each * std::int64_t(sizeof(T)) > kNear) --b.cols;
+    const std::int64_t most = rows * cols / (std::int64_t(kBlocksEach) * threads);
+    while (b.rows > 2 && b.rows * b.cols > most) b.rows /= 2;
+    while (b.cols > 2 && b.rows * b.cols > most) --b.cols;
+    return b;
 }
 
 template <class T>
@@ -139,8 +144,9 @@ bool run(const ConvPlan& p, const ConvTile& t) {
     using T = typename E::Number;
     const Geometry<T> g(p);
     const Side<E> x(p, t.x), y(p, t.y);
-    const std::int64_t columns = t.paired ? 1 : t.cols, pairs = t.rows * columns, side = images_of_block<T>(p, x.each, t.rows, columns);
-    const std::int64_t blocks_i = (t.rows + side - 1) / side, blocks_j = (columns + side - 1) / side;
+    const std::int64_t columns = t.paired ? 1 : t.cols, pairs = t.rows * columns;
+    const Block block = block_of<T>(p, x.each, t.rows, columns);
+    const std::int64_t blocks_i = (t.rows + block.rows - 1) / block.rows, blocks_j = (columns + block.cols - 1) / block.cols;
     // One entry a shift, added up in order: the result does not depend on the threads.
     Buffer<double> parts(std::size_t(pairs * t.shifts * kTotals));
     if (!parts.ready()) return false;
@@ -159,9 +165,10 @@ bool run(const ConvPlan& p, const ConvTile& t) {
         for (std::int64_t bi = 0; bi < blocks_i; ++bi)
             for (std::int64_t bj = 0; bj < blocks_j; ++bj)
                 for (std::int64_t shift = 0; shift < t.shifts; ++shift) {
-                    const std::int64_t i1 = smaller(bi * side + side, t.rows), j1 = smaller(bj * side + side, columns);
-                    for (std::int64_t i = bi * side; i < i1; ++i)
-                        for (std::int64_t j = bj * side; j < j1; ++j) {
+                    const std::int64_t i0 = bi * block.rows, j0 = bj * block.cols;
+                    const std::int64_t i1 = smaller(i0 + block.rows, t.rows), j1 = smaller(j0 + block.cols, columns);
+                    for (std::int64_t i = i0; i < i1; ++i)
+                        for (std::int64_t j = j0; j < j1; ++j) {
                             if (!ready || left_alone(t, i, j)) continue;
                             const std::int64_t at = i * columns + j;
                             unit<E>(p, g, x.image(t.i0 + i), y.image(t.j0 + (t.paired ? i : j)), int(t.first + shift), s, room,

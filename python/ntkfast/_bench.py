@@ -38,10 +38,10 @@ Calls = Mapping[str, Callable[[], object]]
 
 #: Results with a larger error (relative, see `max_error`) are not timed.
 TOLERANCE = {"float64": 1e-12, "float32": 5e-6}
-#: Thread pools of BLAS and OpenMP spin for a while after their last call; the next call must not pay for that.
-#: OpenBLAS: 2^28 cycles, 0.1 s (a Gram matrix of 4096 points right after a product took 0.13 s instead of 0.07 s on two
-#: cores).
-_PAUSE = 0.12
+#: Others go on after their last call: threads of OpenBLAS spin for 2^28 cycles, 0.1 s (a Gram matrix of 4096 points
+#: right after a product took 0.13 s instead of 0.07 s on two cores), JAX gives memory back for 0.2 s and more (4.1 ms
+#: instead of 2.5 ms a pair of images). The next call must not pay for that. Seconds of one look, and at most.
+_LOOK, _REST = 0.05, 5.0
 #: Rows of the NumPy reference that errors are measured on.
 _SAMPLE = 40
 #: The reference itself sees the angle of two points with an error of 1e-16 / angle; closer pairs are left out.
@@ -106,6 +106,16 @@ def standard_cases(quick: bool) -> list[Case]:
             large("fully_connected(3, tanh), unit rows", fully_connected(3, "tanh"), rows="unit")]  # fmt: skip
 
 
+def rest() -> None:
+    """Wait until no thread of this process computes."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < _REST:
+        before = time.process_time()
+        time.sleep(_LOOK)
+        if time.process_time() - before < 0.05 * _LOOK:
+            return
+
+
 def interleave(
     calls: Calls, rounds: int | None = None, seconds: float = 8.0, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Array]:
@@ -114,7 +124,8 @@ def interleave(
     done, start = -1, time.perf_counter()
     while True:
         for name, call in calls.items():
-            time.sleep(_PAUSE if _core.threads() > 1 else 0.0)
+            if _core.threads() > 1:
+                rest()
             begin = clock()
             call()
             if done >= 0:
