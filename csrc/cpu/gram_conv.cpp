@@ -20,18 +20,18 @@ namespace {
 // 2), first images come from further away, each for all second ones. Every thread gets some blocks: the last ones end at different times.
 constexpr int kFirst = 64, kSecond = 8, kBlocksEach = 16;
 constexpr std::int64_t kNear = 512 << 10;
-struct Block {
+struct PairBlock {
     std::int64_t rows, cols;
 };
 template <class T>
-Block block_of(const ConvPlan& p, std::int64_t each, std::int64_t rows, std::int64_t cols) {
+PairBlock block_of(const ConvPlan& p, std::int64_t each, std::int64_t rows, std::int64_t cols) {
     if (p.pooled) return {1, 1};
 #ifdef _OPENMP
     const int threads = omp_get_max_threads();
 #else
     const int threads = 1;
 #endif
-    Block b{kFirst, kSecond};
+    PairBlock b{kFirst, kSecond};
     while (b.cols > 2 && (b.cols + 1) * each * std::int64_t(sizeof(T)) > kNear) --b.cols;
     const std::int64_t most = rows * cols / (std::int64_t(kBlocksEach) * threads);
     while (b.rows > 2 && b.rows * b.cols > most) b.rows /= 2;
@@ -42,6 +42,7 @@ Block block_of(const ConvPlan& p, std::int64_t each, std::int64_t rows, std::int
 template <class T>
 struct Fast {
     using Number = T;
+    static constexpr double kNanoseconds = 0.5;  // of a position and layer, at least (kShort)
     using Room = FastRoom<T>;
     using Image = FastImage<T>;
     static std::int64_t planes(const ConvPlan& p) { return std::int64_t(p.n_layers) * fast_arrays(p) + p.channels; }
@@ -59,6 +60,7 @@ struct Fast {
 
 struct General {
     using Number = double;
+    static constexpr double kNanoseconds = 10.0;
     using Room = GeneralRoom;
     using Image = GeneralImage;
     static std::int64_t planes(const ConvPlan& p) { return std::int64_t(p.n_layers) * general_arrays(p) + p.channels; }
@@ -74,6 +76,12 @@ struct General {
 };
 
 constexpr int kTotals = 3;
+
+// Of all layers of one image or one plane.
+template <class E>
+double nanoseconds(const ConvPlan& p) {
+    return E::kNanoseconds * p.height * p.width * p.n_layers;
+}
 
 template <class E>
 std::int64_t plane_size(const ConvPlan& p, bool twice) {
@@ -91,7 +99,7 @@ void* prepare_as(const ConvPlan& p, const U* x, std::int64_t n, bool twice) {
     bool failed = !data.ready();
     if (failed) return nullptr;
     for (std::int64_t k = n * each; k < n * each + 64; ++k) data.data[k] = T(0);
-#pragma omp parallel if (n > 1)
+#pragma omp parallel if (double(n) * nanoseconds<E>(p) > kShort)
     {
         Buffer<double> room(E::room(p) * positions);
         Buffer<T> image(entries);
@@ -145,13 +153,13 @@ bool run(const ConvPlan& p, const ConvTile& t) {
     const Geometry<T> g(p);
     const Side<E> x(p, t.x), y(p, t.y);
     const std::int64_t columns = t.paired ? 1 : t.cols, pairs = t.rows * columns;
-    const Block block = block_of<T>(p, x.each, t.rows, columns);
+    const PairBlock block = block_of<T>(p, x.each, t.rows, columns);
     const std::int64_t blocks_i = (t.rows + block.rows - 1) / block.rows, blocks_j = (columns + block.cols - 1) / block.cols;
     // One entry a shift, added up in order: the result does not depend on the threads.
     Buffer<double> parts(std::size_t(pairs * t.shifts * kTotals));
     if (!parts.ready()) return false;
     bool failed = false;
-#pragma omp parallel
+#pragma omp parallel if (double(pairs * t.shifts * (p.pooled ? p.width : 1)) * nanoseconds<E>(p) > kShort)
     {
         typename E::Room room(p, g);
         Buffer<T> masks((6 * std::size_t(p.reach_x) + 2) * g.span);
