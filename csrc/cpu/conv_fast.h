@@ -9,6 +9,12 @@
 namespace ntk {
 namespace {
 
+// Half variances (height,) of one image beside two columns that are not neighbours in the other image.
+template <class T>
+struct Beside {
+    const T *left, *right;
+};
+
 // A layer of one plane. Arrays of the second image point to its shifted column 0, with rows step_j apart.
 template <class T>
 struct FastSweep {
@@ -17,6 +23,8 @@ struct FastSweep {
     const T *E, *M, *sum_e, *sum_m; // padded; compact window sums if there are such
     T *to_E, *to_M;                 // padded, other planes
     const T *root_i, *inv_i, *mean_i, *half_i, *half_sum_i, *root_j, *inv_j, *mean_j, *half_j, *half_sum_j;
+    Beside<T> seam;                 // of the first image, beside the seam
+    Beside<T> next;                 // of the second image, beside the rows, for the next layer; null if finish_plane writes them
     int step_j;
     T* totals;                      // (3, span) of the last layer: M, S, own term
     T* watch;                       // (span,) the largest loss of a column in the first layer; the largest z in later ones (kState)
@@ -44,11 +52,8 @@ struct FastWindow {
         const T* from = plane + r * g.stride + g.pad + c;
         P left = load_pack<U>(from - 1), right = load_pack<U>(from + 1);
         if (SOURCE == kSeam) {
-            left = drop(left_of, left), right = drop(right_of, right);
-            if (fill) {
-                const T* half = a.half_i + r * g.span + c;
-                left = left + keep(left_of, load_pack<U>(half - 1)), right = right + keep(right_of, load_pack<U>(half + 1));
-            }
+            left = fill ? choose(left_of, same_pack<U>(a.seam.left[r]), left) : drop(left_of, left);
+            right = fill ? choose(right_of, same_pack<U>(a.seam.right[r]), right) : drop(right_of, right);
         }
         return (left + right) + load_pack<U>(from);
     }
@@ -85,6 +90,8 @@ __attribute__((noinline)) static void fast_sweep(const Geometry<T>& geometry, co
             if (FIRST || SOURCE == kState) watch = at_least(watch, result.watch);
             if (LAST) totals[0] = totals[0] + result.state.m, totals[1] = totals[1] + result.s, totals[2] = totals[2] + result.own;
             else save_pack(a.to_E + state, result.state.e), save_pack(a.to_M + state, result.state.m);
+            if (SOURCE == kSeam && !LAST && a.next.left && c == 0)
+                a.to_E[state - 1] = a.next.left[r + shift], a.to_E[state + g.width] = a.next.right[r + shift];
         };
         if (SOURCE == kSeam) w.left_of = load_mask<U>(s.seams + c), w.right_of = load_mask<U>(s.seams + g.span + c);
         // The rows before the partner wraps, and those after.
@@ -162,15 +169,15 @@ NTK_INLINE void start_row(const T* x, const T* y, int channels, int x_step, int 
     else start_row_of<0>(x, y, channels, x_step, y_step, n, E, F);
 }
 
-// The columns beside the rows of a plane that a layer reads: what finish_row says, or what is there in one image only.
+// The columns beside the rows of a plane that a layer reads: what finish_row says, or what is there in the second image only.
 template <class T>
-NTK_INLINE void finish_plane(const Geometry<T>& g, const Shift<T>& s, const T* half_j, int step_j, T* plane) {
+NTK_INLINE void finish_plane(const Geometry<T>& g, const Shift<T>& s, const Beside<T>& only, T* plane) {
     for (int r = 0; r < g.height; ++r) {
         T* row = plane + r * g.stride + g.pad;
         finish_row(g, row);
-        if (half_j) {
-            const T* half = half_j + (r + s.y < g.height ? r + s.y : r + s.y - g.height) * step_j;
-            row[-1] = half[-1], row[g.width] = half[g.width];
+        if (only.left) {
+            const int other = r + s.y < g.height ? r + s.y : r + s.y - g.height;
+            row[-1] = only.left[other], row[g.width] = only.right[other];
         } else if (g.fused() && !g.circular) {
             row[-1] = row[g.width] = T(0);
         }
@@ -212,7 +219,17 @@ void fast_plane(const ConvPlan& p, const Geometry<T>& g, const Shift<T>& s, cons
         start_row(x + r * g.span, y + other * step_j + offset_j, p.channels, g.compact(), j.size, g.span, E + at, M + at);
     }
     const bool seam = s.seam_x || s.seam_y, beside = p.pooled || g.circular || g.span != g.width;
+    const bool renew = g.circular || g.span != g.width;  // every layer writes beside the rows
     const FastSource source = !g.fused() ? kSums : s.seam_x ? kSeam : kState;
+    const Beside<T> nothing{nullptr, nullptr};
+    auto beside_seam = [&](int h) {
+        const T* right = i.array(h, kHalfColumns) + (g.width - s.x) * g.height;
+        return s.seam_x ? Beside<T>{right - g.height, right} : nothing;
+    };
+    auto beside_rows = [&](int h) {
+        const T* right = j.array(h, kHalfColumns) + s.x * g.height;
+        return s.seam_x ? Beside<T>{right - g.height, right} : nothing;
+    };
     double unit = kFirstUnit;
     int range = 0;
     for (int h = 0; h < p.n_layers; ++h) {
@@ -222,12 +239,12 @@ void fast_plane(const ConvPlan& p, const Geometry<T>& g, const Shift<T>& s, cons
         const FastSweep<T> a{fast_layer<double>(l, u), l.w, E, M, room.e.data, room.m.data, next_E, next_M,
                              i.array(h, kRoot), i.array(h, kInverse), i.array(h, kMean), i.array(h, kHalf), i.array(h, kHalfSum),
                              j.array(h, kRoot) + offset_j, j.array(h, kInverse) + offset_j, j.array(h, kMean) + offset_j,
-                             j.array(h, kHalf) + offset_j, j.array(h, kHalfSum) + offset_j, step_j, room.sums.data,
+                             j.array(h, kHalf) + offset_j, j.array(h, kHalfSum) + offset_j,
+                             beside_seam(h), last || renew ? nothing : beside_rows(h + 1), step_j, room.sums.data,
                              room.sums.data + 4 * g.span};
-        if (beside) {
-            finish_plane(g, s, g.fused() && s.seam_x ? a.half_j : nullptr, step_j, E);
-            finish_plane(g, s, g.fused() && s.seam_x && first ? a.half_j : nullptr, step_j, M);
-        }
+        // What is beside the rows of M are zeros, but for those of F, which layer 2 finds again.
+        if (beside && (first || renew || source != kSeam)) finish_plane(g, s, source == kSeam ? beside_rows(h) : nothing, E);
+        if (beside && (first || renew || h == 2)) finish_plane(g, s, source == kSeam && first ? beside_rows(h) : nothing, M);
         if (source == kSums) {
             const Fill<T> fill{a.half_i, j.array(h, kHalf), a.half_sum_i, j.array(h, kHalfSum)};
             window_sum<T>(g, s, seam ? &fill : nullptr, T(1), E, room.e.data, room.columns.data, room.sums.data + 3 * g.span);

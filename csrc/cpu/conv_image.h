@@ -6,9 +6,9 @@
 namespace ntk {
 namespace {
 
-// Arrays of one layer of one image (FastPoint): the last three only if a layer is scaled or there are seams. kHalfSum: kHalf summed over
-// the columns of the window.
-enum FastArray { kRoot, kInverse, kHalf, kHalfSum, kMean };
+// Arrays of one layer of one image (FastPoint): the last four only if a layer is scaled or there are seams. kHalfSum: kHalf summed over
+// the columns of the window; kHalfColumns: kHalf column by column, (width, height).
+enum FastArray { kRoot, kInverse, kHalf, kHalfSum, kMean, kHalfColumns };
 static int fast_arrays(const ConvPlan& p) {
     bool all = p.pooled && !p.circular;
     double unit = kFirstUnit;
@@ -16,7 +16,7 @@ static int fast_arrays(const ConvPlan& p) {
         const FastUnits u = fast_units(p.layers[h], unit);
         all = all || u.scaled, unit = u.after;
     }
-    return all ? kMean + 1 : kInverse + 1;
+    return all ? kHalfColumns + 1 : kInverse + 1;
 }
 
 template <class T>
@@ -68,6 +68,8 @@ void fast_image(const ConvPlan& p, const Geometry<T>& g, const T* x, bool twice,
             put_plane(g, twice, made + 3 * n, out + kHalf * size);
             for (int k = 0; k < n; ++k) columns[k] *= 0.5 / u.before;
             put_plane(g, twice, columns, out + kHalfSum * size);
+            for (int c = 0; c < g.width; ++c)
+                for (int r = 0; r < g.height; ++r) out[kHalfColumns * size + c * g.height + r] = T(made[3 * n + r * g.width + c]);
         }
         unit = u.after;
     }

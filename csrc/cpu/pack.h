@@ -46,6 +46,14 @@ NTK_INLINE void save_pack(T* to, const Pack<T, U>& p) {
     for (int u = 0; u < U; ++u) save_lanes(to + u * kLanes<T>, p.v[u]);
 }
 
+template <int U, class T>
+NTK_INLINE Pack<T, U> same_pack(T x) {
+    Pack<T, U> p;
+    NTK_UNROLL
+    for (int u = 0; u < U; ++u) p.v[u] = broadcast(x);
+    return p;
+}
+
 #define NTK_PACK(name, expression)                                                \
     template <class T, int U>                                                     \
     NTK_INLINE Pack<T, U> name(const Pack<T, U>& a, const Pack<T, U>& b) {        \
@@ -96,15 +104,7 @@ NTK_INLINE Pack<T, U> choose(const PackMask<T, U>& c, const Pack<T, U>& yes, con
     for (int u = 0; u < U; ++u) r.v[u] = c.m[u] ? yes.v[u] : no.v[u];
     return r;
 }
-// a where the mask says so, or where it does not; else 0.
-template <class T, int U>
-NTK_INLINE Pack<T, U> keep(const PackMask<T, U>& c, const Pack<T, U>& a) {
-    using V = typename Lanes<T>::V;
-    Pack<T, U> r;
-    NTK_UNROLL
-    for (int u = 0; u < U; ++u) r.v[u] = V(typename Lanes<T>::Mask(a.v[u]) & c.m[u]);
-    return r;
-}
+// a where the mask does not say so; else 0.
 template <class T, int U>
 NTK_INLINE Pack<T, U> drop(const PackMask<T, U>& c, const Pack<T, U>& a) {
     using V = typename Lanes<T>::V;
@@ -127,6 +127,7 @@ using packs::load_mask;
 using packs::load_pack;
 using packs::Pack;
 using packs::PackMask;
+using packs::same_pack;
 
 }  // namespace
 
