@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 SIDE = 32
 #: (readout, depth, images, microseconds per pair at most in float32 and float64), one thread.
-CASES = (("flatten", 5, 256, (3.2, 9.0)), ("flatten", 10, 256, (6.4, 18.0)), ("gap", 5, 24, (3200.0, 9000.0)))
+CASES = (("flatten", 5, 512, (3.2, 9.0)), ("flatten", 10, 512, (6.4, 18.0)), ("gap", 5, 24, (3200.0, 9000.0)))
 #: (readout, depth, dtype, images, times as long at least), all threads.
 CONTESTS = (("flatten", 10, "float32", 256, 100.0), ("gap", 3, "float64", 16, 50.0))
 TOLERANCE = {"float32": 2e-6, "float64": 1e-12}

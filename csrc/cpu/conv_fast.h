@@ -198,8 +198,8 @@ static bool parallel(const ConvPlan& p, T loss) {
     for (int h = 0; h < p.n_layers; ++h) skip = skip || p.layers[h].p != 0.0;
     return loss > T(least_loss(T(0))) && !skip;
 }
-// The shortest fit for z as large as in the layer before: correlations mostly grow from layer to layer. (Beyond a seam they do not,
-// and where window sums are made apart these take the time.)
+// The shortest fit for z as large as in the layer before: correlations mostly grow from layer to layer. Not so beyond a seam, and with
+// windows that are summed first the fits are not what takes the time: those always take the long one.
 template <class T>
 static int range_for(T z) {
     int range = 0;
@@ -218,8 +218,8 @@ void fast_plane(const ConvPlan& p, const Geometry<T>& g, const Shift<T>& s, cons
         const int other = r + s.y < g.height ? r + s.y : r + s.y - g.height, at = r * g.stride + g.pad;
         start_row(x + r * g.span, y + other * step_j + offset_j, p.channels, g.compact(), j.size, g.span, E + at, M + at);
     }
-    const bool seam = s.seam_x || s.seam_y, beside = p.pooled || g.circular || g.span != g.width;
     const bool renew = g.circular || g.span != g.width;  // every layer writes beside the rows
+    const bool seam = s.seam_x || s.seam_y, beside = p.pooled || renew;
     const FastSource source = !g.fused() ? kSums : s.seam_x ? kSeam : kState;
     const Beside<T> nothing{nullptr, nullptr};
     auto beside_seam = [&](int h) {
@@ -242,7 +242,7 @@ void fast_plane(const ConvPlan& p, const Geometry<T>& g, const Shift<T>& s, cons
                              j.array(h, kHalf) + offset_j, j.array(h, kHalfSum) + offset_j,
                              beside_seam(h), last || renew ? nothing : beside_rows(h + 1), step_j, room.sums.data,
                              room.sums.data + 4 * g.span};
-        // What is beside the rows of M are zeros, but for those of F, which layer 2 finds again.
+        // Beside the rows of M there are zeros, but for F, whose plane the third layer (h = 2) reads again.
         if (beside && (first || renew || source != kSeam)) finish_plane(g, s, source == kSeam ? beside_rows(h) : nothing, E);
         if (beside && (first || renew || h == 2)) finish_plane(g, s, source == kSeam && first ? beside_rows(h) : nothing, M);
         if (source == kSums) {
@@ -251,12 +251,9 @@ void fast_plane(const ConvPlan& p, const Geometry<T>& g, const Shift<T>& s, cons
             window_sum<T>(g, s, seam && first ? &fill : nullptr, T(1), M, room.m.data, room.columns.data, room.sums.data + 3 * g.span);
         }
         fast_layer_of(source, first, u.scaled, last, range, g, s, a);
-        T most = largest(g, a.watch);
+        const T most = first || source == kState ? largest(g, a.watch) : T(0);
         if (first && parallel(p, most)) return exact_plane(p, g, s, i, j, room, total);
-        if (range && most > T(kArcRange[range])) {
-            fast_layer_of(source, first, u.scaled, last, 0, g, s, a);
-            most = largest(g, a.watch);
-        }
+        if (range && most > T(kArcRange[range])) fast_layer_of(source, first, u.scaled, last, 0, g, s, a);  // rare: the longest will do
         range = first || source != kState ? 0 : range_for(most);  // what the first layer watches is no z
         T *old_E = E, *old_M = M;
         E = next_E, M = next_M, next_E = old_E, next_M = old_M;

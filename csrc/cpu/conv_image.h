@@ -6,17 +6,18 @@
 namespace ntk {
 namespace {
 
-// Arrays of one layer of one image (FastPoint): the last four only if a layer is scaled or there are seams. kHalfSum: kHalf summed over
-// the columns of the window; kHalfColumns: kHalf column by column, (width, height).
-enum FastArray { kRoot, kInverse, kHalf, kHalfSum, kMean, kHalfColumns };
+// Arrays of one layer of one image (FastPoint): the first two always, the next two if a layer is scaled, all if there are seams. kHalfSum:
+// kHalf summed over the columns of the window; kHalfColumns: kHalf column by column, (width, height).
+enum FastArray { kRoot, kInverse, kHalf, kMean, kHalfSum, kHalfColumns };
 static int fast_arrays(const ConvPlan& p) {
-    bool all = p.pooled && !p.circular;
+    if (p.pooled && !p.circular) return kHalfColumns + 1;
+    bool scaled = false;
     double unit = kFirstUnit;
     for (int h = 0; h < p.n_layers; ++h) {
         const FastUnits u = fast_units(p.layers[h], unit);
-        all = all || u.scaled, unit = u.after;
+        scaled = scaled || u.scaled, unit = u.after;
     }
-    return all ? kHalfColumns + 1 : kInverse + 1;
+    return scaled ? kMean + 1 : kInverse + 1;
 }
 
 template <class T>
@@ -63,9 +64,11 @@ void fast_image(const ConvPlan& p, const Geometry<T>& g, const T* x, bool twice,
         fast_points(p.layers[h], u, least_variance(T(0)), n, lam, var, mean, made);
         put_plane(g, twice, made, out + kRoot * size);
         put_plane(g, twice, made + n, out + kInverse * size);
-        if (arrays > kHalf) {
+        if (arrays > kMean) {
             put_plane(g, twice, made + 2 * n, out + kMean * size);
             put_plane(g, twice, made + 3 * n, out + kHalf * size);
+        }
+        if (arrays > kHalfColumns) {
             for (int k = 0; k < n; ++k) columns[k] *= 0.5 / u.before;
             put_plane(g, twice, columns, out + kHalfSum * size);
             for (int c = 0; c < g.width; ++c)

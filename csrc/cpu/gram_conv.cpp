@@ -17,9 +17,10 @@ namespace NTK_ISA {
 namespace {
 
 // Blocks of pairs of flatten kernels, `rows` times `cols`: the numbers of the second images and of one first image stay in L2 (1 MiB, or
-// 2), first images come from further away, each for all second ones. Every thread gets some blocks: the last ones end at different times.
-constexpr int kFirst = 64, kSecond = 8, kBlocksEach = 16;
-constexpr std::int64_t kNear = 512 << 10;
+// 2), if those of three images fit; first images come from further away, each for all second ones. Every thread gets some blocks: the
+// last ones end at different times.
+constexpr int kBlocksEach = 16;
+constexpr std::int64_t kFirst = 64, kSecond = 8, kNear = 512 << 10;
 struct PairBlock {
     std::int64_t rows, cols;
 };
@@ -31,7 +32,7 @@ PairBlock block_of(const ConvPlan& p, std::int64_t each, std::int64_t rows, std:
 #else
     const int threads = 1;
 #endif
-    PairBlock b{kFirst, kSecond};
+    PairBlock b{kFirst, smaller(kSecond, cols)};
     while (b.cols > 2 && (b.cols + 1) * each * std::int64_t(sizeof(T)) > kNear) --b.cols;
     const std::int64_t most = rows * cols / (std::int64_t(kBlocksEach) * threads);
     while (b.rows > 2 && b.rows * b.cols > most) b.rows /= 2;
@@ -42,7 +43,7 @@ PairBlock block_of(const ConvPlan& p, std::int64_t each, std::int64_t rows, std:
 template <class T>
 struct Fast {
     using Number = T;
-    static constexpr double kNanoseconds = 0.5;  // of a position and layer, at least (kShort)
+    static constexpr double kNanoseconds = 0.5, kPrepares = 2.0;  // of a position and layer of a pair, of an image (kShort)
     using Room = FastRoom<T>;
     using Image = FastImage<T>;
     static std::int64_t planes(const ConvPlan& p) { return std::int64_t(p.n_layers) * fast_arrays(p) + p.channels; }
@@ -60,7 +61,7 @@ struct Fast {
 
 struct General {
     using Number = double;
-    static constexpr double kNanoseconds = 10.0;
+    static constexpr double kNanoseconds = 10.0, kPrepares = 10.0;
     using Room = GeneralRoom;
     using Image = GeneralImage;
     static std::int64_t planes(const ConvPlan& p) { return std::int64_t(p.n_layers) * general_arrays(p) + p.channels; }
@@ -77,11 +78,8 @@ struct General {
 
 constexpr int kTotals = 3;
 
-// Of all layers of one image or one plane.
-template <class E>
-double nanoseconds(const ConvPlan& p) {
-    return E::kNanoseconds * p.height * p.width * p.n_layers;
-}
+// Positions of all layers of an image.
+double work_of(const ConvPlan& p) { return double(p.height) * p.width * p.n_layers; }
 
 template <class E>
 std::int64_t plane_size(const ConvPlan& p, bool twice) {
@@ -99,7 +97,7 @@ void* prepare_as(const ConvPlan& p, const U* x, std::int64_t n, bool twice) {
     bool failed = !data.ready();
     if (failed) return nullptr;
     for (std::int64_t k = n * each; k < n * each + 64; ++k) data.data[k] = T(0);
-#pragma omp parallel if (double(n) * nanoseconds<E>(p) > kShort)
+#pragma omp parallel if (double(n) * work_of(p) * E::kPrepares > kShort)
     {
         Buffer<double> room(E::room(p) * positions);
         Buffer<T> image(entries);
@@ -159,7 +157,7 @@ bool run(const ConvPlan& p, const ConvTile& t) {
     Buffer<double> parts(std::size_t(pairs * t.shifts * kTotals));
     if (!parts.ready()) return false;
     bool failed = false;
-#pragma omp parallel if (double(pairs * t.shifts * (p.pooled ? p.width : 1)) * nanoseconds<E>(p) > kShort)
+#pragma omp parallel if (double(pairs * t.shifts * (p.pooled ? p.width : 1)) * work_of(p) * E::kNanoseconds > kShort)
     {
         typename E::Room room(p, g);
         Buffer<T> masks((6 * std::size_t(p.reach_x) + 2) * g.span);

@@ -55,7 +55,7 @@ NTK_CONSTANT double kAngle32_2[] = {  // relative error 1.9e-8
 NTK_CONSTANT double kArea32_2[] = {  // relative error 6.7e-9
     0.848826356908152971, 0.084884631941547137, 0.027184982540894134, 0.0141689113095327412};
 
-// Largest z of the fits; the plan of a network chooses one for every layer.
+// Largest z of the fits: the plan of a dense network chooses one for every layer, convolutions by the z they meet.
 NTK_CONSTANT double kArcRange[] = {0.5, 0.28, 0.1};
 
 template <int RANGE, class T>

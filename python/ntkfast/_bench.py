@@ -107,7 +107,7 @@ def standard_cases(quick: bool) -> list[Case]:
 
 
 def rest() -> None:
-    """Wait until no thread of this process computes."""
+    """Wait until no thread of this process computes, but not for ever."""
     start = time.perf_counter()
     while time.perf_counter() - start < _REST:
         before = time.process_time()
