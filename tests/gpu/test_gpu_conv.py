@@ -90,7 +90,7 @@ def test_photographs(dtype):
 
 @DTYPES
 def test_planes_in_global_memory(dtype, monkeypatch):
-    monkeypatch.setattr(conv.Gpu, "shared_bytes", lambda gpu: 8300)
+    monkeypatch.setattr(conv.Gpu, "shared_bytes", lambda gpu: 9300)
     for net in (nf.conv_net(3), nf.conv_net(2, readout="gap"), nf.conv_net(2, bias_variance=0.1)):
         x = images(6, (8, 9), dtype)
         check(nf.gram(net, x, device="cuda"), net, x)
