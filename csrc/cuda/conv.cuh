@@ -118,12 +118,6 @@ struct ConvHalves {
     const T *sum_i, *sum_j;  // summed over the columns of the window
 };
 
-// A position of an image, -1 outside.
-__device__ __forceinline__ int slot_at(const ConvJob& job, int r, int c) {
-    if (job.circular) r = cyclic(r, job.height), c = cyclic(c, job.width);
-    return inside(r, job.height) && inside(c, job.width) ? r * job.width + c : -1;
-}
-
 // Window sums around one position of any window; the first `filled` planes take half variances.
 template <int PLANES, class T>
 __device__ __forceinline__ void any_window(const ConvJob& job, ConvShift s, int row, int column, const T* planes, int filled,
@@ -134,13 +128,16 @@ __device__ __forceinline__ void any_window(const ConvJob& job, ConvShift s, int 
     for (int p = 0; p < PLANES; ++p) sum[p] = T(0);
     for (int dy = -job.reach_y; dy <= job.reach_y; ++dy)
         for (int dx = -job.reach_x; dx <= job.reach_x; ++dx) {
-            const int i = slot_at(job, row + dy, column + dx);
-            const int j = job.circular ? 0 : slot_at(job, other_row + dy, other_column + dx);
-            if (i >= 0 && j >= 0) {
+            int r = row + dy, c = column + dx;
+            if (job.circular) r = cyclic(r, job.height), c = cyclic(c, job.width);
+            const int r2 = other_row + dy, c2 = other_column + dx;
+            const bool first = inside(r, job.height) && inside(c, job.width);
+            const bool second = job.circular || (inside(r2, job.height) && inside(c2, job.width));
+            if (first && second) {
 #pragma unroll
-                for (int p = 0; p < PLANES; ++p) sum[p] += planes[p * positions + i];
-            } else if (i >= 0 || j >= 0) {
-                const T one = i >= 0 ? half.i[i] : half.j[j];
+                for (int p = 0; p < PLANES; ++p) sum[p] += planes[p * positions + r * job.width + c];
+            } else if (first || second) {
+                const T one = first ? half.i[r * job.width + c] : half.j[r2 * job.width + c2];
 #pragma unroll
                 for (int p = 0; p < PLANES; ++p) sum[p] += p < filled ? one : T(0);
             }

@@ -3,9 +3,10 @@
 //
 //   cost      a position and layer, float32, window of 3 x 3, compiled for sm_90: 139 instructions and no branch without seams
 //             (70 of arithmetic: 14 fused multiply-adds of the two fits, an inverse root, 16 of the windows; 11 accesses of shared
-//             memory, 3 of global memory), about 150 with seams. 21 layers of 32 x 32 are 21,504 such steps a pair, 1024 times as
-//             many for pooled kernels. Shared memory serves a quarter of the lanes that compute, and 11 is a twelfth: issuing
-//             instructions is what binds
+//             memory, 3 of global memory), about 150 with seams; 4 more in the first layer, to watch what it loses. 21 layers of
+//             32 x 32 are 21,504 such steps a pair, 1024 times as many for pooled kernels. Shared memory serves a quarter of the
+//             lanes that compute, and 11 is a twelfth: issuing instructions is what binds
+//   multiples planes on which patches are multiples of each other, of different norms, are left to conv_exact.cuh
 //   numbers   root and inverse of both images, 16 bytes a position and layer, from the caches: pairs come in squares of images
 #pragma once
 #include "conv.cuh"

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 from conftest import assert_close
+from test_conv import photographs
 from test_gpu import WHY, cupy
 
 import ntkfast as nf
@@ -63,6 +64,17 @@ def test_networks(name, dtype):
     assert np.array_equal(found, found.T)
     if net.pooling == "flatten":
         check(nf.layer_grams(net, x, y, device="cuda").sum(axis=0), net, x, y)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", [k for k in FAST if "conv_net" in k])
+def test_patches_of_different_norms_keep_their_digits(name, dtype):
+    """Backgrounds of other brightness and multiples: planes are done again; the CPU is right there to 40 digits."""
+    net, bound = FAST[name], {np.float64: 1e-12, np.float32: 2e-6}[dtype]
+    for grid in ((9, 7), (32, 32)) if net.pooling == "flatten" else ((9, 7),):
+        x = photographs(*grid).astype(dtype)
+        root = np.sqrt(nf.diagonal(net, x).astype(float))
+        assert_close(nf.gram(net, x, device="cuda"), nf.gram(net, x), np.outer(root, root), bound)
 
 
 @DTYPES

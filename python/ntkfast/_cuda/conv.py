@@ -26,7 +26,8 @@ Array = NDArray[Any]
 Vector = NDArray[np.float64]
 
 #: Positions times layers of one launch (a general layer counts _GENERAL, and 1 for every four Hermite terms): 0.1 s and
-#: 0.2 s at 4e10 (float32) and 5e9 (float64) of them a second, which a slow device is thought to do. Not measured.
+#: 0.2 s at 4e10 (float32) and 5e9 (float64) of them a second, which a slow device is thought to do; five to six times
+#: that if all planes are done again (csrc/cuda/conv_exact.cuh). Not measured.
 LAUNCH = {np.dtype(np.float32): 1 << 32, np.dtype(np.float64): 1 << 30}
 _GENERAL = 8
 #: Bytes of the prepared images of one side, of the sums of a batch, and of scratch of blocks.
