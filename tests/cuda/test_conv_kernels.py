@@ -149,7 +149,7 @@ def test_a_circular_row_is_seen_again_and_again(gpu, window, readout):
 
 WINDOWS = pytest.mark.parametrize(("padding", "window"), [
     (padding, window) for padding in ("zeros", "circular") for window in (1, 3, 5)
-])  # fmt: skip
+] if PLAIN else [("zeros", 3), ("circular", 5)])  # fmt: skip
 
 
 @READOUTS
@@ -160,8 +160,9 @@ def test_multiples_keep_their_digits(gpu, readout, padding, window):
         x = images(1, grid)
         y = np.array([x[0] / 3, -x[0] / 3])
         options = {"window": window, "padding": padding, "readout": readout}
-        for net in (nf.conv_net(1, **options), nf.conv_net(2, "abs", **options), nf.conv_net(9, gain=9.0, **options),
-                    nf.conv_net(3, nf.Activation.leaky_relu(-0.3), first_trained=False, **options)):  # fmt: skip
+        nets = [nf.conv_net(1, **options), nf.conv_net(2, "abs", **options), nf.conv_net(9, gain=9.0, **options),
+                nf.conv_net(3, nf.Activation.leaky_relu(-0.3), first_trained=False, **options)]  # fmt: skip
+        for net in nets if PLAIN else nets[::3]:
             wanted = nf.gram(net, x, np.array([x[0], -x[0]]), get=KINDS)
             for dtype, bound in HARD.items():
                 found = nf.gram(net, x, y, get=KINDS, dtype=dtype, device="cuda")
