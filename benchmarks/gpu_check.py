@@ -37,7 +37,8 @@ from ntkfast._cuda import CudaUnavailable, compiler, layout, load_cupy
 from ntkfast._cuda import gram as gpu_gram
 
 HERE = Path(__file__).resolve().parent
-KERNELS = ("points", *layout.SQUARE, "conv_images", "gram_conv_fast", "gram_conv_general", "conv_results", "jacobian")
+KERNELS = ("points", *layout.SQUARE, "conv_images", "gram_conv_fast", "gram_conv_exact", "gram_conv_general",
+           "conv_results", "jacobian")  # fmt: skip
 TOOLS = ("memcheck", "racecheck", "initcheck")
 Report = dict[str, Any]
 
@@ -56,7 +57,7 @@ for net in (nf.resnet(3), nf.resnet(2, "erf"), nf.Network([nf.Dense("tanh", bias
         for os.environ["NTKFAST_PATH"] in ("table", "recursion"):
             assert np.isfinite(nf.gram(net, z, get=("ntk", "nngp"), device="cuda")).all()
         assert np.isfinite(nf.layer_grams(net, z, z[:9], device="cuda")).all()
-x = np.random.default_rng(0).normal(size=(5, 6, 7, 2)); x[3] = x[4]; x[2] = 0; x[1, :2] = 0
+x = np.random.default_rng(0).normal(size=(5, 6, 7, 2)); x[3] = x[4]; x[0] = 3 * x[4]; x[2] = 0; x[1, :2] = 0
 for readout in ("flatten", "gap"):
     for net in (nf.conv_net(2, readout=readout), nf.conv_resnet(2, readout=readout),
                 nf.conv_net(2, "erf", readout=readout)):

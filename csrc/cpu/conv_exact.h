@@ -60,7 +60,7 @@ NTK_INLINE const T* row_or_zeros(const Geometry<T>& g, const T* plane, const T* 
 // to (height, span): sums of (a_i inv_i - a_j inv_j)^2 over the windows. a: padded planes of norms, inv_j shifted with rows step_j apart;
 // zeros: (stride,).
 template <class T>
-static void norms_apart(const Geometry<T>& g, const Shift<T>& s, const T* a_i, const T* a_j, const T* inv_i, const T* inv_j, int step_j,
+static void windows_apart(const Geometry<T>& g, const Shift<T>& s, const T* a_i, const T* a_j, const T* inv_i, const T* inv_j, int step_j,
                         const T* zeros, T* to) {
     for (int r = 0; r < g.height; ++r) {
         const int other = r + s.y < g.height ? r + s.y : r + s.y - g.height;
@@ -74,10 +74,7 @@ static void norms_apart(const Geometry<T>& g, const Shift<T>& s, const T* a_i, c
                     const int start = part ? g.width - s.x : 0, stop = part ? g.width : g.width - s.x;
                     const T* shifted = second + dx + (part ? s.x - g.width : s.x);
 #pragma omp simd
-                    for (int c = start; c < stop; ++c) {
-                        const T apart = first[c + dx] * one[c] - shifted[c] * two[c];
-                        sum[c] = fma_(apart, apart, sum[c]);
-                    }
+                    for (int c = start; c < stop; ++c) sum[c] = norms_apart(sum[c], first[c + dx], one[c], shifted[c], two[c]);
                 }
         }
     }
@@ -99,9 +96,8 @@ static void exact_start(const Geometry<T>& g, const Shift<T>& s, const T* x, int
                 const T *first = x + k * x_size + r * g.span, *second = y + k * y_size + other * step_j;
 #pragma omp simd
                 for (int c = start; c < stop; ++c) {
-                    const T a = one[c] > T(0) ? first[c] / one[c] : T(0), n = one[c] * two[c];
-                    const T b = two[c] > T(0) ? second[c] / two[c] : T(0);
-                    minus[c] = fma_(n * (a - b), a - b, minus[c]), plus[c] = fma_(n * (a + b), a + b, plus[c]);
+                    const FastState<T> sum = exact_channel({minus[c], plus[c]}, first[c], one[c], second[c], two[c]);
+                    minus[c] = sum.e, plus[c] = sum.m;
                 }
             }
         }
@@ -153,7 +149,7 @@ static void exact_plane(const ConvPlan& p, const Geometry<T>& g, const Shift<T>&
         for (int c = 0; c < 3 * g.span; ++c) sums[c] = T(0);
         window_sum<T>(g, s, nullptr, T(1), room.E.data, room.e.data, room.columns.data, zeros);
         window_sum<T>(g, s, nullptr, T(1), room.M.data, room.m.data, room.columns.data, zeros);
-        norms_apart(g, s, a_i, a_j, i.array(h, kInverse), j.array(h, kInverse) + offset_j, step_j, room.zeros.data, room.columns.data);
+        windows_apart(g, s, a_i, a_j, i.array(h, kInverse), j.array(h, kInverse) + offset_j, step_j, room.zeros.data, room.columns.data);
         (h ? exact_layer<false, T> : exact_layer<true, T>)(g, s, l, T(p.layers[h].w), i, j, h, step_j, offset_j, room,
                                                            room.columns.data, sums);
         const T factor = sqrt_(l.scale);

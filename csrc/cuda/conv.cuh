@@ -20,6 +20,7 @@ extern __shared__ __align__(16) unsigned char ntk_shared[];
 
 constexpr int kConvThreads = 256;
 constexpr int kTotals = 3;  // T + S, S, own term of the last layer
+constexpr int kLost = kTotals, kParts = kTotals + 1;  // of a unit: its totals, then the planes that lost digits, a bit each
 
 // Images of one side of a tile.
 struct ConvSide {
@@ -34,7 +35,7 @@ struct ConvJob {
     void* fast;           // (n_layers,) ConvLayer<T>
     ConvSide i, j;
     void* planes;         // (blocks, 2 * planes, positions) if they are not in shared memory, else null
-    double* parts;        // (pairs, chunks, kTotals)
+    double* parts;        // (pairs, chunks, kParts)
     double* own;          // layer_grams: (blocks * groups, n_layers, 2, positions), else null
     double* slices;       // (pairs, n_layers)
     i64 first;            // first pair of a batch, in the order of conv_pair
@@ -44,11 +45,12 @@ struct ConvJob {
     int square_rows, square_cols;  // pairs come square by square: their images stay in the cache
     int triangle;         // both sides are the same images: only pairs i <= j
     int paired;           // only pairs i = j
-    int chunks, run;      // units of a pair, planes of a unit
+    int chunks, run;      // units of a pair, planes of a unit (at most 32)
     int pairs;            // of the batch
     int first_unit, last_unit;  // units of the batch that this launch does
     int groups;           // of a block
-    int n_outputs, unused;
+    int n_outputs;
+    int watched;          // planes that lose digits in the first layer are left to gram_conv_exact.cu
     Output outputs[kOutputs];
     Slices grams;         // of layer_grams
 };
@@ -146,6 +148,7 @@ __device__ __forceinline__ void any_window(const ConvJob& job, ConvShift s, int 
 struct ConvMemory {
     double total[kTotals][kConvThreads];  // of every thread, here because it is rarely needed
     double sums[kConvThreads];
+    unsigned lost[kConvThreads];  // planes of a unit that lost digits, at the first thread of its group
 };
 
 // A group of threads and what it works at.
@@ -171,8 +174,9 @@ __device__ __forceinline__ double group_sum(ConvMemory& memory, const ConvGroup&
     return sum;
 }
 
-// All layers of the units of a block. Path: a kind of number, kRows of a strip, kPlanes; start, layer, finish.
-template <class Path, bool SHARED>
+// All layers of the units of a block. Path: a kind of number, kRows of a strip, kPlanes; start, layer, finish. `layer` says
+// whether it lost digits: that plane goes no further, and its bit is left in job.parts. AGAIN: those planes only, added to the totals.
+template <class Path, bool SHARED, bool AGAIN = false>
 __device__ __forceinline__ void conv_tile(const ConvJob& job) {
     using T = typename Path::Number;
     ConvMemory& memory = *reinterpret_cast<ConvMemory*>(ntk_shared);
@@ -190,13 +194,18 @@ __device__ __forceinline__ void conv_tile(const ConvJob& job) {
         const ConvPair pair = conv_pair(job, job.first + g.unit / job.chunks);
         g.wanted = !g.idle && g.unit < job.last_unit && pair.wanted;
         if (job.groups == 1 && !g.wanted) continue;  // the same for all threads
+        auto part = [&](int t) -> double& { return job.parts[i64(g.unit) * kParts + t]; };
+        const unsigned todo = !AGAIN ? ~0u : g.wanted ? unsigned(part(kLost)) : 0;
+        if (AGAIN && !__syncthreads_or(int(todo))) continue;
+        unsigned& lost = memory.lost[threadIdx.x - g.lane];
+        if (g.lane == 0) lost = 0;  // the others look behind the next barriers
         const Path path{job, memory, pair.i, pair.j};
         for (int t = 0; t < kTotals; ++t) memory.total[t][threadIdx.x] = 0.0;
         T *from = planes, *to = planes + size;
         const int plane = g.unit % job.chunks * job.run, planes_left = g.wanted ? (job.pooled ? positions : 1) - plane : 0;
 #pragma unroll 1
         for (int k = 0; k < job.run; ++k) {
-            const bool exists = k < planes_left;
+            bool exists = k < planes_left && todo >> k & 1;
             const ConvShift s = {(plane + k) / job.width, (plane + k) % job.width};
 #pragma unroll 1
             for (int at = g.lane; exists && at < strips; at += g.lanes)
@@ -206,17 +215,21 @@ __device__ __forceinline__ void conv_tile(const ConvJob& job) {
             for (int h = 0; h < job.n_layers; ++h) {
 #pragma unroll 1
                 for (int at = g.lane; exists && at < strips; at += g.lanes)
-                    path.layer(h, s, at == g.lane ? own : strip_of<Path::kRows>(job, at), from, to);
+                    if (path.layer(h, s, at == g.lane ? own : strip_of<Path::kRows>(job, at), from, to)) atomicOr(&lost, 1u << k);
                 __syncthreads();
+                if (h == 0) exists = exists && !(lost >> k & 1);
                 T* next = from;
                 from = to, to = next;
             }
         }
         path.finish(g, from, to);
+        // The layer that lost digits has added them up if it is the last one: then all planes of the unit are done again.
+        const bool all = lost != 0 && job.n_layers == 1;
         for (int t = 0; t < kTotals; ++t) {
-            const double sum = group_sum(memory, g, memory.total[t][threadIdx.x]);
-            if (g.wanted && g.lane == 0) job.parts[i64(g.unit) * kTotals + t] = path.unit() * sum;
+            const double sum = path.unit() * group_sum(memory, g, memory.total[t][threadIdx.x]);
+            if (g.wanted && g.lane == 0) part(t) = AGAIN ? part(t) + sum : all ? 0.0 : sum;
         }
+        if (!AGAIN && g.wanted && g.lane == 0) part(kLost) = all ? ~0u : lost;
     }
 }
 

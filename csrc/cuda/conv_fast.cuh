@@ -3,9 +3,10 @@
 //
 //   cost      a position and layer, float32, window of 3 x 3, compiled for sm_90: 139 instructions and no branch without seams
 //             (70 of arithmetic: 14 fused multiply-adds of the two fits, an inverse root, 16 of the windows; 11 accesses of shared
-//             memory, 3 of global memory), about 150 with seams. 21 layers of 32 x 32 are 21,504 such steps a pair, 1024 times as
-//             many for pooled kernels. Shared memory serves a quarter of the lanes that compute, and 11 is a twelfth: issuing
-//             instructions is what binds
+//             memory, 3 of global memory), about 150 with seams; 4 more in the first layer, to watch what it loses. 21 layers of
+//             32 x 32 are 21,504 such steps a pair, 1024 times as many for pooled kernels. Shared memory serves a quarter of the
+//             lanes that compute, and 11 is a twelfth: issuing instructions is what binds
+//   multiples planes on which patches are multiples of each other, of different norms, are left to conv_exact.cuh
 //   numbers   root and inverse of both images, 16 bytes a position and layer, from the caches: pairs come in squares of images
 #pragma once
 #include "conv.cuh"
@@ -160,14 +161,15 @@ struct ConvFast {
             to[a] = e, to[size + a] = f;
         }
     }
+    // Whether digits were lost.
     template <bool FIRST, bool SCALED>
-    __device__ __forceinline__ void step(int h, const ConvLayer<T>& layer, ConvShift s, const Strip& p, const T* from, T* to) const {
+    __device__ __forceinline__ bool step(int h, const ConvLayer<T>& layer, ConvShift s, const Strip& p, const T* from, T* to) const {
         const int size = positions();
         const T *ni = numbers(job.i, i, h), *nj = numbers(job.j, j, h), *half_i = ni + 2 * size, *half_j = nj + 2 * size;
         const ConvHalves<T> half = {half_i, half_j, half_i + size, half_j + size};
         const bool last = h + 1 == job.n_layers;
         FastState<T> sum = {T(0), T(0)};
-        T own = T(0);
+        T own = T(0), watch = T(0);
         auto position = [&](int k, FastState<T> w) {
             const int x = at(p, k), y = other(s, p, k);
             const Roots<T> a = __ldg(reinterpret_cast<const Roots<T>*>(ni) + x), b = __ldg(reinterpret_cast<const Roots<T>*>(nj) + y);
@@ -180,6 +182,7 @@ struct ConvFast {
             }
             const FastResult<T> r = fast_step<FIRST, SCALED>(layer.numbers, layer.trained, w, before, one, two);
             const bool exists = k < p.rows;
+            if (FIRST) watch = exists ? at_least(watch, r.watch) : watch;
             sum.m += exists ? r.state.m : T(0), sum.e += exists ? r.s : T(0), own += exists ? r.own : T(0);
             if (exists) to[x] = r.state.e, to[size + x] = r.state.m;
         };
@@ -194,11 +197,13 @@ struct ConvFast {
                 position(k, {w[0], w[1]});
             }
         }
-        if (!last) return;
+        const bool lost = FIRST && job.watched && watch > T(least_loss(T(0)));
+        if (!last) return lost;
         const int t = int(threadIdx.x);
         memory.total[0][t] += double(sum.m), memory.total[1][t] += double(sum.e), memory.total[2][t] += double(own);
+        return lost;
     }
-    __device__ __forceinline__ void layer(int h, ConvShift s, const Strip& p, const T* from, T* to) const {
+    __device__ __forceinline__ bool layer(int h, ConvShift s, const Strip& p, const T* from, T* to) const {
         const ConvLayer<T>& layer = static_cast<const ConvLayer<T>*>(job.fast)[h];
         if (h == 0) return layer.scaled ? step<true, true>(h, layer, s, p, from, to) : step<true, false>(h, layer, s, p, from, to);
         return layer.scaled ? step<false, true>(h, layer, s, p, from, to) : step<false, false>(h, layer, s, p, from, to);

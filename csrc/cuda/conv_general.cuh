@@ -61,7 +61,7 @@ struct ConvAny {
         }
         to[a] = e, to[size + a] = f, to[2 * size + a] = 0.0;
     }
-    __device__ __forceinline__ void layer(int h, ConvShift s, const Strip& p, const double* from, double* to) const {
+    __device__ __forceinline__ bool layer(int h, ConvShift s, const Strip& p, const double* from, double* to) const {
         const GeneralLayer& l = job.layers[h];
         const int size = positions(), a = p.row * job.width + p.column, b = other(s, p);
         const double *ni = numbers(job.i, i, h), *nj = numbers(job.j, j, h);
@@ -81,10 +81,11 @@ struct ConvAny {
             double* own = own_terms(h) + a;
             own[0] = r.own, own[size] = r.factor;
         }
-        if (h + 1 < job.n_layers) return;
+        if (h + 1 < job.n_layers) return false;
         const int t = int(threadIdx.x);
         const double cov = 0.5 * (r.state.f - r.state.e);
         memory.total[0][t] += r.state.t + cov, memory.total[1][t] += cov, memory.total[2][t] += r.last;
+        return false;
     }
 
     __device__ __forceinline__ double unit() const { return 1.0; }

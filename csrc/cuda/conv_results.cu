@@ -17,7 +17,7 @@ __device__ __forceinline__ void conv_results(const ConvJob& job) {
     if (!p.wanted) return;
     double total[kTotals] = {0.0, 0.0, 0.0};
     for (int chunk = 0; chunk < job.chunks; ++chunk)
-        for (int t = 0; t < kTotals; ++t) total[t] += job.parts[(i64(at) * job.chunks + chunk) * kTotals + t];
+        for (int t = 0; t < kTotals; ++t) total[t] += job.parts[(i64(at) * job.chunks + chunk) * kParts + t];
     for (int o = 0; o < job.n_outputs; ++o) {
         const Output& out = job.outputs[o];
         const Mix& m = out.mix;

@@ -134,6 +134,19 @@ NTK_INLINE FastTerms<T> exact_terms(const FastLayer<T>& l, T x, T y, T apart, co
     return FIRST ? fast_first_at(l, n, z, negative, near, n + n, T(0), T(0)) : fast_terms_at(l, n, z, near, T(0));
 }
 
+// What a channel adds to n - C and n + C before the first layer, in units of kFirstUnit: from values divided by the norms a.
+template <class T>
+NTK_INLINE FastState<T> exact_channel(FastState<T> sum, T x_i, T a_i, T x_j, T a_j) {
+    const T u = a_i > T(0) ? x_i / a_i : T(0), v = a_j > T(0) ? x_j / a_j : T(0), n = a_i * a_j, minus = u - v, plus = u + v;
+    return {fma_(n * minus, minus, sum.e), fma_(n * plus, plus, sum.m)};
+}
+// What a slot of the windows adds to `apart`; a is 0 outside the image.
+template <class T>
+NTK_INLINE T norms_apart(T sum, T a_i, T inv_i, T a_j, T inv_j) {
+    const T apart = a_i * inv_i - a_j * inv_j;
+    return fma_(apart, apart, sum);
+}
+
 // What a layer leaves at a position: its state, S alone and the layer's own term r D C. E may round to a little below 0, which
 // is caught where z is formed.
 template <class T>

@@ -243,12 +243,12 @@ def conv_net(
     -----
     The input is not divided by sqrt(channels), and "flatten" sums over the positions; other libraries divide both.
 
-    Equal patches and near copies keep their digits. So do, on the CPU, patches that are multiples of each other (an
-    image and a brighter one, flat backgrounds of different brightness) for relu and every slope from -1 to 0 without
-    biases, with all layers but the first trained; such pairs take several times as long. Otherwise, in
-    :func:`conv_resnet` and on a GPU, kinked activations lose up to sqrt(c) 1e-8 (float64) or sqrt(c) 2e-4 (float32) of
-    the kernel if all patches are multiples by c or 1/c. Images in general position lose about c 1e-16 or c 1e-8 if the
-    norm of one is c times that of the other: scale images whose norms are far apart.
+    Equal patches and near copies keep their digits. So do patches that are multiples of each other (an image and a
+    brighter one, flat backgrounds of different brightness) for relu and every slope from -1 to 0 without biases, with
+    all layers but the first trained; such pairs take several times as long. Otherwise, and in :func:`conv_resnet`,
+    kinked activations lose up to sqrt(c) 1e-8 (float64) or sqrt(c) 2e-4 (float32) of the kernel if all patches are
+    multiples by c or 1/c. Images in general position lose about c 1e-16 or c 1e-8 if the norm of one is c times that of
+    the other: scale images whose norms are far apart.
 
     Examples
     --------

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import conv_oracle
 import fake_cupy
 import numpy as np
 import pytest
 import simulate
 from conftest import assert_close
+from test_conv import hard_images, photographs
 from test_kernels import report  # noqa: F401
 
 import ntkfast as nf
-from ntkfast._cuda import conv
+from ntkfast._cuda import conv, layout
 from ntkfast.reference import convolution as reference
 
 pytestmark = pytest.mark.skipif(simulate.missing(simulate.mode()) is not None, reason="the simulator cannot run here")
@@ -20,8 +22,11 @@ KINDS = ("ntk", "nngp", "last_hidden")
 PLAIN = simulate.mode() == "plain"
 MANY = 6 if PLAIN else 3
 DTYPES = pytest.mark.parametrize("dtype", [np.float64, np.float32])
+READOUTS = pytest.mark.parametrize("readout", ["flatten", "gap"])
 #: largest |difference of CPU and device| / sqrt(K_ii K_jj): both round, in different order; measured 4e-15 and 3e-7
 BOUND = {np.float64: 2e-14, np.float32: 1e-6}
+#: the same where patches are nearly multiples of each other, as in tests/test_conv.py
+HARD = {np.float64: 1e-12, np.float32: 2e-6}
 
 #: (network, grid)
 FAST = {
@@ -99,7 +104,8 @@ def test_fast(gpu, name, dtype):
     assert (nf.gram(net, x, images(6, grid, dtype)[4:5], device="cuda") == 0).all()
     seams = net.pooling == "gap" and net.padding == "zeros"
     kernel = "gram_conv_seams" if seams else "gram_conv_fast"
-    assert {name[:-4] for name in gpu.launched} == {"conv_layers", "conv_images_fast", kernel, "conv_results"}
+    again = set() if any(isinstance(layer, nf.Residual) for layer in net.layers) else {"gram_conv_exact"}
+    assert {name[:-4] for name in gpu.launched} == {"conv_layers", "conv_images_fast", kernel, "conv_results"} | again
 
 
 @pytest.mark.parametrize("name", GENERAL if PLAIN else ["biases", "erf, residual", "tanh", "silu, one variance"])
@@ -141,15 +147,88 @@ def test_a_circular_row_is_seen_again_and_again(gpu, window, readout):
         assert_close(found, wanted[kind], np.sqrt(np.outer(own[kind], own[kind])), 1e-12)
 
 
-@DTYPES
+WINDOWS = pytest.mark.parametrize(("padding", "window"), [
+    (padding, window) for padding in ("zeros", "circular") for window in (1, 3, 5)
+] if PLAIN else [("zeros", 3), ("circular", 5)])  # fmt: skip
+
+
+@READOUTS
+@WINDOWS
+def test_multiples_keep_their_digits(gpu, readout, padding, window):
+    """s(c u) = c s(u): the kernel of an image and its multiple is a multiple of the kernel of the image and itself."""
+    for grid in ((5, 9), (7,)) if PLAIN else ((5, 9),):
+        x = images(1, grid)
+        y = np.array([x[0] / 3, -x[0] / 3])
+        options = {"window": window, "padding": padding, "readout": readout}
+        nets = [nf.conv_net(1, **options), nf.conv_net(2, "abs", **options), nf.conv_net(9, gain=9.0, **options),
+                nf.conv_net(3, nf.Activation.leaky_relu(-0.3), first_trained=False, **options)]  # fmt: skip
+        for net in nets if PLAIN else nets[::3]:
+            wanted = nf.gram(net, x, np.array([x[0], -x[0]]), get=KINDS)
+            for dtype, bound in HARD.items():
+                found = nf.gram(net, x, y, get=KINDS, dtype=dtype, device="cuda")
+                for kind, a, b in zip(KINDS, found, wanted, strict=True):
+                    assert_close(3 * a, b, nf.diagonal(net, x, get=kind)[0], bound)
+
+
 @pytest.mark.parametrize("readout", ["flatten", "gap"])
-def test_multiples_lose_what_the_docstring_says(gpu, readout, dtype):
-    """conv_fast.cuh lacks the repair of csrc/cpu/conv_exact.h; s(c u) = c s(u)."""
-    net, x = nf.conv_net(3, readout=readout), images(1, (5, 6))
+@pytest.mark.parametrize("dtype", HARD)
+def test_what_skips_lose_of_multiples(gpu, readout, dtype):
+    """The bound of the docstring of conv_net."""
+    net, x = nf.conv_resnet(3, readout=readout), images(1, (5, 6))
     wanted, size = nf.gram(net, x, x), nf.diagonal(net, x)[0]
     for c in (1.5, 3.0, 200.0):
         found = nf.gram(net, x.astype(dtype), (x / c).astype(dtype), device="cuda") * c
         assert_close(found, wanted, size, np.sqrt(c) * {np.float64: 1e-8, np.float32: 2e-4}[dtype])
+    assert "gram_conv_exact_f64" not in gpu.launched
+
+
+def hard(grid):
+    """Photographs on backgrounds of other brightness, their multiples and copies, plain ones and an empty one."""
+    x = photographs(*grid)
+    x[5], x[4, ..., :2, :] = 0, 0
+    return x if PLAIN else x[:4]
+
+
+@READOUTS
+@WINDOWS
+def test_backgrounds_keep_their_digits(gpu, readout, padding, window):
+    """Some planes of a unit, some units of a block are done again; images with themselves too."""
+    for grid in ((8, 11), (4, 5)) if PLAIN and readout == "flatten" else ((4, 5),):
+        net, x = nf.conv_net(3, window=window, padding=padding, readout=readout), hard(grid)
+        for dtype, bound in HARD.items():
+            found, wanted = (nf.gram(net, x, dtype=dtype, device=device) for device in ("cuda", None))
+            assert_close(found, wanted, scale(net, x), bound)
+
+
+@pytest.mark.skipif(not PLAIN, reason="the CPU's tests of these images take long enough once")
+@READOUTS
+@pytest.mark.parametrize("padding", ["zeros", "circular"])
+def test_hard_images_against_forty_digits(gpu, readout, padding):
+    net, x, pairs = nf.conv_net(4, padding=padding, readout=readout), hard_images(), ((0, 1), (1, 2), (0, 5), (1, 4))
+    own = {i: conv_oracle.pair(net, x[i], x[i])["ntk"] for i in {i for pair in pairs for i in pair}}
+    found = {dtype: nf.gram(net, x, dtype=dtype, device="cuda") for dtype in HARD}
+    for i, j in pairs:
+        wanted = conv_oracle.pair(net, x[i], x[j])["ntk"]
+        for dtype, bound in HARD.items():
+            assert_close(found[dtype][i, j], float(wanted), float(own[i] * own[j]) ** 0.5, bound)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_only_planes_that_lost_digits_are_done_again(gpu, monkeypatch, depth):
+    """A bit each; a network of one layer has added up what it lost, and does the planes of a unit again."""
+    launch, lost = conv.ConvWorker._launch_units, []
+
+    def look(worker, scratch, record):
+        launch(worker, scratch, record)
+        lost.append(scratch.parts.get()[: 4 * record["last_unit"][0]].reshape(-1, worker.shape.chunks, 4)[..., 3])
+
+    x, net = images(2, (5, 9)), nf.conv_net(depth, readout="gap")
+    monkeypatch.setattr(conv.ConvWorker, "_launch_units", look)
+    nf.gram(net, x[:1], np.array([x[0] / 3, x[1], x[0]]), device="cuda")
+    *_, found = lost
+    wanted = np.zeros((3, 3))
+    wanted[0, 0] = 1 if depth > 1 else 2**32 - 1
+    assert np.array_equal(found, wanted)
 
 
 @DTYPES
@@ -169,15 +248,19 @@ def test_layer_grams(gpu, net, dtype):
 @pytest.mark.parametrize(("name", "dtype"), [("flatten", np.float64), ("residual, pooled", np.float32)])
 def test_planes_in_global_memory(monkeypatch, name, dtype):
     """A device whose blocks have hardly any shared memory; fewer blocks than units."""
-    gpu = fake_cupy.install(monkeypatch, shared=8300)
+    gpu = fake_cupy.install(monkeypatch, shared=9300)
     monkeypatch.setattr(conv, "_BLOCKS", 3)
     net, grid = FAST[name]
     compare(net, images(MANY - 1, grid, dtype))
-    assert {k for k in gpu.launched if k.startswith("gram")} == {f"gram_conv_far_f{8 * np.dtype(dtype).itemsize}"}
+    suffix = layout.suffix_of(dtype)
+    again = {f"gram_conv_exact_far_{suffix}"} if name == "flatten" else set()
+    assert {k for k in gpu.launched if k.startswith("gram")} == {f"gram_conv_far_{suffix}"} | again
+    net, x = nf.conv_net(2, readout="gap"), hard((4, 5)).astype(dtype)
+    assert_close(nf.gram(net, x, device="cuda"), nf.gram(net, x), scale(net, x), HARD[dtype])
 
 
 def test_general_planes_in_global_memory(monkeypatch):
-    gpu = fake_cupy.install(monkeypatch, shared=8300)
+    gpu = fake_cupy.install(monkeypatch, shared=9300)
     monkeypatch.setattr(conv, "_BLOCKS", 3)
     compare(BIASED, images(3, (3, 5)))
     net, x = nf.conv_net(3, padding="circular"), images(3, (4, 5))
@@ -212,14 +295,16 @@ def test_the_shape_of_a_launch():
                         (8, 8),
                         (5, 9),
                     )
-    assert conv.Shape.of(32, 32, False, True, 4, 48 << 10) == conv.Shape(1024, 1, 256, 8192 + 16384, 0, 1, 1)
+    assert conv.Shape.of(32, 32, False, True, 4, 48 << 10) == conv.Shape(1024, 1, 256, 9216 + 16384, 0, 1, 1)
     assert conv.Shape.of(64, 64, True, False, 8, 99 << 10).planes == 6 * 4096 * 8
 
 
-@pytest.mark.parametrize("name", ["residual", "one axis", "erf, residual"] if PLAIN else ["one axis"])
+@pytest.mark.parametrize("name", ["residual", "one axis", "erf, residual", "hard"] if PLAIN else ["one axis"])
 def test_results_do_not_depend_on_the_launches(gpu, monkeypatch, name):
-    net, grid = (FAST | GENERAL)[name]
+    net, grid = (FAST | GENERAL).get(name, (nf.conv_net(3, readout="gap"), (4, 5)))
     x, y = images(MANY, grid), images(3, grid, seed=2)
+    if name == "hard":
+        x, y = hard(grid), hard(grid)[1::2] / 2
     whole = nf.gram(net, x, device="cuda"), nf.gram(net, x, y, device="cuda")
     count = len(gpu.launched)
     monkeypatch.setattr(conv, "LAUNCH", dict.fromkeys(conv.LAUNCH, 1000))

@@ -167,6 +167,12 @@ extern "C" __global__ void votes(const int* v, unsigned* out) {
     out[3 * t + 1] = __any_sync(0xffffffffu, v[t] > 1);
     out[3 * t + 2] = __all_sync(0xffffffffu, v[t] > 0);
 }
+extern "C" __global__ void votes_of_blocks(const int* v, int* out, int n) {
+    for (int k = 0; k < n; ++k) {
+        const int at = (blockIdx.x * n + k) * blockDim.x + threadIdx.x;
+        out[at] = __syncthreads_or(v[at]);
+    }
+}
 extern "C" __global__ void __launch_bounds__(kThreads, 2) atomics(const int* v, int* out, unsigned long long* count) {
     const int x = v[blockIdx.x * blockDim.x + threadIdx.x];
     atomicAdd(&out[0], x);
@@ -233,6 +239,15 @@ def test_votes(words):
     words.launch("votes", 1, 64, [v, out], seed=3)
     assert set(map(tuple, out[:32].tolist())) == {(1 << 31 | 2, 0, 0)}
     assert set(map(tuple, out[32:].tolist())) == {(0xFFFFFFFF, 1, 1)}
+
+
+def test_votes_of_blocks(words):
+    v = np.zeros((2, 6, 64), np.int32)
+    v[0, 1, 63], v[0, 2, 5], v[1, 0, 0], v[1, 5] = 1, -7, 4, 1
+    for seed in range(3):
+        out = np.full_like(v, -1)
+        words.launch("votes_of_blocks", 2, 64, [v, out, 6], seed=seed)
+        assert np.array_equal(out != 0, (v != 0).any(axis=2, keepdims=True) & np.ones_like(v, bool))
 
 
 def test_atomics(words, rng):

@@ -26,7 +26,8 @@ Array = NDArray[Any]
 Vector = NDArray[np.float64]
 
 #: Positions times layers of one launch (a general layer counts _GENERAL, and 1 for every four Hermite terms): 0.1 s and
-#: 0.2 s at 4e10 (float32) and 5e9 (float64) of them a second, which a slow device is thought to do. Not measured.
+#: 0.2 s at 4e10 (float32) and 5e9 (float64) of them a second, which a slow device is thought to do; five to six times
+#: that if all planes are done again (csrc/cuda/conv_exact.cuh). Not measured.
 LAUNCH = {np.dtype(np.float32): 1 << 32, np.dtype(np.float64): 1 << 30}
 _GENERAL = 8
 #: Bytes of the prepared images of one side, of the sums of a batch, and of scratch of blocks.
@@ -37,6 +38,8 @@ _RUN = 16
 _SQUARE = 16
 #: Most threads of a block; planes of the general and the fast path (csrc/cuda/conv_general.cuh, conv_fast.cuh).
 _THREADS, _PLANES = layout.THREADS, (3, 2)
+#: Numbers of a unit in `parts` (kParts of csrc/cuda/conv.cuh): three sums, and which planes lost digits.
+_UNIT = 4
 #: Numbers of a layer at a position: of the general path without Hermite coefficients, and of the fast path.
 _NUMBERS = (10, 5)
 #: Blocks at a time if they need scratch in global memory: eight on every multiprocessor of any device.
@@ -114,6 +117,8 @@ class ConvWorker(TileWorker):
         self.plan = layout.DevicePlan(arguments, self.dtype, gpu.upload)
         self.layers = self.plan.suffix_layers
         self.seams = bool(pooled and not circular)
+        #: planes that lose digits are done again (csrc/cuda/conv_exact.cuh): networks without skips
+        self.watched = bool(problem.fast and not np.array(arguments[4])[:, 0].any())
         numbers = _NUMBERS[problem.fast] + (0 if problem.fast else problem.terms)
         self.layer_size = -(-numbers * self.shape.positions // 2) * 2  # pairs of numbers are read at once
         self.record = record = np.zeros(1, layout.CONV_JOB)
@@ -123,6 +128,7 @@ class ConvWorker(TileWorker):
                                problem.geometry, strict=True):  # fmt: skip
             record[name] = value
         record["chunks"], record["run"], record["groups"] = self.shape.chunks, self.shape.run, self.shape.groups
+        record["watched"] = self.watched
         upload = gpu.upload
         self.factors = [
             {"fi": upload(o.f), "fj": upload(o.g)} | ({} if o.diagonal is None else {"diagonal": upload(o.diagonal)})
@@ -188,8 +194,8 @@ class ConvWorker(TileWorker):
             record["paired"] = 1
             for _ in self._batches(scratch, record, Tile(part, part, True)):
                 count = int(record["pairs"][0])
-                parts = scratch.parts[: count * self.shape.chunks * 3].get()
-                found.append(parts.reshape(count, self.shape.chunks, 3).sum(axis=1))
+                parts = scratch.parts[: count * self.shape.chunks * _UNIT].get()
+                found.append(parts.reshape(count, self.shape.chunks, _UNIT)[..., :3].sum(axis=1))
         return np.ascontiguousarray(np.concatenate(found).T)
 
     def _square(self, scratch: Scratch, square: Tile, side: Any = None) -> Any:
@@ -227,7 +233,7 @@ class ConvWorker(TileWorker):
         across = math.ceil(cols / sides[1])
         count = across * (across + 1) // 2 if square.mirrored else math.ceil(rows / sides[0]) * across
         pairs = rows if record["paired"][0] else count * sides[0] * sides[1]
-        most = max(1, min(pairs, _PARTS // (8 * (3 * chunks + (self.layers if self.slices is not None else 0)))))
+        most = max(1, min(pairs, _PARTS // (8 * (_UNIT * chunks + (self.layers if self.slices is not None else 0)))))
         self._reserve(scratch, most)
         for name in ("parts", "slices", "planes", "own"):
             array = getattr(scratch, name)
@@ -243,7 +249,7 @@ class ConvWorker(TileWorker):
     def _reserve(self, scratch: Scratch, pairs: int) -> None:
         """Scratch for a batch of so many pairs."""
         gpu, shape = self.gpu, self.shape
-        size = pairs * shape.chunks * 3
+        size = pairs * shape.chunks * _UNIT
         if scratch.parts is None or len(scratch.parts) < size:
             scratch.parts = gpu.empty((size,), np.float64)
         if self.slices is not None and (scratch.slices is None or len(scratch.slices) < pairs * self.layers):
@@ -269,6 +275,9 @@ class ConvWorker(TileWorker):
             module = "gram_conv_fast"
             kernel = "gram_conv_far" if shape.planes else "gram_conv_seams" if self.seams else "gram_conv_fast"
         self.gpu.launch(module, f"{kernel}_{self._suffix}", blocks, shape.threads, shape.shared, record)
+        if self.watched:
+            kernel = "gram_conv_exact_far" if shape.planes else "gram_conv_exact"
+            self.gpu.launch("gram_conv_exact", f"{kernel}_{self._suffix}", blocks, shape.threads, shape.shared, record)
         self._events.append(self.gpu.event())
 
 

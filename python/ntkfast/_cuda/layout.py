@@ -58,11 +58,11 @@ CONV_JOB = _struct(
     layer_size=_I, n_layers=np.int32, height=np.int32, width=np.int32, channels=np.int32, reach_y=np.int32,
     reach_x=np.int32, circular=np.int32, pooled=np.int32, rows=np.int32, cols=np.int32, square_rows=np.int32,
     square_cols=np.int32, triangle=np.int32, paired=np.int32, chunks=np.int32, run=np.int32, pairs=np.int32,
-    first_unit=np.int32, last_unit=np.int32, groups=np.int32, n_outputs=np.int32, unused=np.int32, outputs=(OUTPUT,
+    first_unit=np.int32, last_unit=np.int32, groups=np.int32, n_outputs=np.int32, watched=np.int32, outputs=(OUTPUT,
     OUTPUTS), grams=SLICES,
 )  # fmt: skip
 #: bytes of ConvMemory, in front of the planes, and of ConvLayer<T>
-CONV_MEMORY, CONV_LAYER = 8192, {"f64": 64, "f32": 40}
+CONV_MEMORY, CONV_LAYER = 9216, {"f64": 64, "f32": 40}
 
 #: Pairs of a block are SQUARE x SQUARE, its threads THREADS; scratch of a block of layer_grams for every layer.
 THREADS = 256

@@ -72,6 +72,7 @@ struct Group {
 // Where the threads of one block meet. Made anew for each, or blocks would seem to wait for each other.
 struct Meetings {
     char barrier[2];
+    bool vote[2];  // of __syncthreads_or
     std::deque<Group> groups;  // references stay valid
 };
 
@@ -187,13 +188,16 @@ inline void make_fibers(unsigned n) {
 
 // Waiting, called by fibers
 
-inline void wait_for_block(Where where) {
+inline bool wait_for_block(Where where, bool vote = false) {
     auto& m = machine;
     char* tag;
+    unsigned turn;
     {
         Quiet quiet;
         Fiber& f = *m.self;
-        tag = &m.meetings->barrier[++f.barriers & 1];  // two, as in Group
+        turn = ++f.barriers & 1;  // two, as in Group
+        tag = &m.meetings->barrier[turn];
+        m.meetings->vote[turn] |= vote;
         f.state = State::at_barrier, f.operation = "__syncthreads", f.where = where;
     }
     leave(tag);
@@ -202,6 +206,8 @@ inline void wait_for_block(Where where) {
         switch_to_home();
     }
     join(tag);
+    Quiet quiet;
+    return m.meetings->vote[turn];
 }
 
 inline Group& group(unsigned warp, unsigned mask) {
@@ -284,6 +290,7 @@ inline bool free_block() {
     if (!waiting || waiting < live) return false;
     if (live < m.thread.size()) fail("__syncthreads after some threads returned", *first);
     for (Fiber* f : m.thread) f->state = State::ready;
+    m.meetings->vote[(first->barriers + 1) & 1] = false;  // all have read it: they are here
     return true;
 }
 

@@ -69,6 +69,9 @@ T shuffle(unsigned mask, T value, int source, bool inside, const char* operation
 #define warpSize 32
 
 inline void __syncthreads(sim::Where where = sim::Where::current()) { sim::wait_for_block(where); }
+inline int __syncthreads_or(int predicate, sim::Where where = sim::Where::current()) {
+    return sim::wait_for_block(where, predicate != 0);
+}
 inline void __syncwarp(unsigned mask = ~0u, sim::Where where = sim::Where::current()) {
     sim::wait_for_warp(mask, where);
 }
