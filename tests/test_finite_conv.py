@@ -171,13 +171,16 @@ def test_windows(grid, sizes, circular, rng):
     table = convolution.slots(grid, sizes, "circular" if circular else "zeros")
     n, p, q = 4, windows.positions, windows.slots
     assert table.shape == (q, p)
-    x, g = rng.standard_normal((n * p, 3)), rng.standard_normal((n * p, q * 3))
+    x, g, W = (rng.standard_normal(shape) for shape in ((n * p, 3), (n * p, 4), (4, q * 3)))
     padded = np.concatenate([x.reshape(n, p, 3), np.zeros((n, 1, 3))], axis=1)
     wanted = 2 * np.stack([padded[:, row] for row in table], axis=2).reshape(n * p, q * 3)
     out = np.full((n * p, q * 3 + 1), np.nan)[:, :-1]
     windows.gather(x, 2.0, out)
     assert (out == wanted).all()
-    assert_close(np.sum(windows.scatter(g) * x), np.sum(g * wanted) / 2, np.sum(np.abs(g * wanted)), 1e-15)
+    seen = np.empty((n * p, q * 4))
+    windows.gather(g, 2.0, seen)
+    back, read = seen @ windows.turned(W), g @ W * wanted
+    assert_close(np.sum(back * x), np.sum(read), np.sum(np.abs(read)), 1e-15)
 
 
 def test_initialisation():

@@ -84,7 +84,7 @@ def _seen(step: Step, layout: Layout, x: Array, out: Array | None = None) -> Arr
     if out is None:
         if layout.slots == 1 and step.weight == 1.0:
             return x
-        out = np.empty_like(x, shape=(len(x), step.W.shape[1]))
+        out = np.empty_like(x, shape=(len(x), layout.slots * x.shape[1]))
     layout.gather(x, step.weight, out)
     return out
 
@@ -149,8 +149,6 @@ def fill_factors(
         np.multiply(slope, inner, out=slope)
         if k == lowest:
             return
-        back = times(slope, step.W)
-        if step.weight != 1.0:
-            back *= step.weight
-        back = layout.scatter(back)
+        # Windows of gradients are read faster than gradients of windows are added up.
+        back = times(_seen(step, layout, slope), layout.turned(step.W))
         g = back + step.skip * g if step.skip else back
