@@ -49,9 +49,9 @@ class Points:
         """out = amplitude x."""
         np.multiply(x, amplitude, out=out)
 
-    def turned(self, W: Array) -> Array:
-        """Weights of the way back: g times them is the gradient in x."""
-        return W
+    def scatter(self, g: Array) -> Array:
+        """The adjoint of :meth:`gather` with amplitude 1."""
+        return g
 
     def readout_shape(self, width: int) -> tuple[int, ...]:
         """Of the weights of the readout."""
@@ -143,9 +143,22 @@ class Windows:
         # a view: axes are only split
         out.reshape(-1, *self.grid, *self.sizes, channels)[...] = np.moveaxis(windows, 1 + len(self.grid), -1)
 
+    def scatter(self, g: Array) -> Array:
+        """The adjoint of :meth:`gather` with amplitude 1: every position adds up what the windows read from it."""
+        channels = g.shape[1] // self.slots
+        slots, wide = g.reshape(-1, *self.grid, *self.sizes, channels), self._wide(g, channels)
+        every = (slice(None),) * (1 + len(self.grid))
+        for slot in itertools.product(*(range(size) for size in self.sizes)):
+            read = tuple(slice(k, k + n) for k, n in zip(slot, self.grid, strict=True))
+            wide[(slice(None), *read)] += slots[every + slot]
+        image = np.zeros_like(g, shape=(len(wide), *self.grid, channels))
+        for to, source in self.pieces:
+            image[source] += wide[to]
+        return image.reshape(-1, channels)
+
     def turned(self, W: Array) -> Array:
-        """Weights of the way back: :meth:`gather` g, times them, is what the windows read of every position, g W added
-        up. A position is in slot k of a window whose centre is in slot -k of its own."""
+        """W for the way back: windows of g times turned W is :meth:`scatter` of g W. What is in slot k of a window has
+        the centre of that window in slot -k of its own."""
         slots: Array = W.reshape(len(W), self.slots, -1)[:, ::-1]
         return slots.swapaxes(0, 1).reshape(self.slots * len(W), -1)
 
