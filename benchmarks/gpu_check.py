@@ -223,7 +223,7 @@ def _tiles_of(gpu: Any, case: Case, x: Any) -> tuple[list[Any], Any, Any, Any]:
     """The tiles of a case, what computes them, scratch with products, and the ranges of the homogeneous layers."""
     from ntkfast._plan import mix_of
     from ntkfast._problem import Problem, factors
-    from ntkfast._tiles import tiles
+    from ntkfast._tiles import Tiles
 
     problem = Problem(case.network, x, None, None, None)
     mix = mix_of(case.network, "ntk")
@@ -235,7 +235,7 @@ def _tiles_of(gpu: Any, case: Case, x: Any) -> tuple[list[Any], Any, Any, Any]:
     rho = np.random.default_rng(1).uniform(-0.7, 0.7, size=(side, side))
     products = gpu.upload((rho * case.d).astype(case.dtype))
     ranges = problem.compiled.core.arguments[1][:, 2]
-    return list(tiles(case.n, case.n, True, side)), worker, products, ranges
+    return list(Tiles(case.n, case.n, True, side)), worker, products, ranges
 
 
 def _product_only(worker: Any, tile: Any, products: Any, out: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -308,7 +310,7 @@ def marked():
     except FileNotFoundError:
         return set()
     shape, tiling = about["shape"], about["tiling"]
-    tiles = _tiles.tiles(*shape, about["Y"] is None, tiling["side"], tiling["unit"])
+    tiles = _tiles.Tiles(*shape, about["Y"] is None, tiling["side"], tiling["unit"])
     return {(t.rows.start, t.cols.start) for t, mark in zip(tiles, done) if mark}
 
 def log_tiles():
@@ -709,6 +711,47 @@ print(status("VmHWM") - now)
 def test_memory(fresh_python):
     # 512 MB of result. 64 MB a thread are promised, 40 are allocated; huge pages may double what is resident.
     assert int(fresh_python(MEMORY, OMP_NUM_THREADS="1")) < 128 << 20
+
+
+@pytest.mark.parametrize("kind", [DENSE, CONVOLUTIONAL], ids=["points", "images"])
+def test_many_tiles_take_no_memory(path, monkeypatch, kind):
+    """A file may have millions: a mark for each of them, not an object."""
+    net, x = (NET, X[:1] + np.arange(600)[:, None]) if kind is DENSE else (nf.conv_net(1), np.ones((600, 1, 1)))
+    monkeypatch.setattr(_file, "_new_tiling", lambda *_: {"side": 1, "unit": 1})
+    monkeypatch.setenv("NTKFAST_GEMM", "blas")  # one pass takes whole panels
+    fill(path.with_name("small.npy"), net, x[:2], progress=True)  # imports what is imported once
+    for part, progress in (((0, 1), False), ((0, 1), True), ((1, 2), False)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 3, kind=kind)
+            tracemalloc.start()
+            try:
+                with pytest.raises(StopHereError):
+                    fill(path, net, x, part=part, progress=progress)
+                most = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+        assert _marks(path) == (6 if progress or part[0] else 3)
+        assert most < 4 * 180_300 + (1 << 18)
+
+
+@pytest.mark.parametrize(("n", "m", "side", "unit"), [(7, 7, 2, 1), (50, 50, 8, 1), (53, 53, 16, 8), (1, 1, 5, 1),
+                                                      (20, 33, 6, 4), (33, 20, 6, 4), (5, 40, 64, 8)])  # fmt: skip
+def test_the_order_of_tiles(n, m, side, unit):
+    """That of the marks of files begun by earlier versions: row by row, from the diagonal on."""
+    edges = [sorted({*(min(k, -(-k * j // -(-k // side) // unit) * unit) for j in range(-(-k // side))), k})
+             for k in (n, m)]  # fmt: skip
+    rows, cols = ([slice(*pair) for pair in itertools.pairwise(e)] for e in edges)
+    for symmetric in {False, n == m}:
+        tiles = _tiles.Tiles(n, m, symmetric, side, unit)
+        wanted = [_tiles.Tile(row, col, symmetric) for i, row in enumerate(rows) for j, col in enumerate(cols)
+                  if j >= i or not symmetric]  # fmt: skip
+        assert list(tiles) == wanted
+        assert tiles.count == len(wanted)
+        assert [tiles.number(tile) for tile in wanted] == list(range(len(wanted)))
+        assert tiles.side == max(part.stop - part.start for part in rows + cols)
+        assert np.sum([tile.entries for tile in wanted]) == (n * (n + 1) // 2 if symmetric else n * m)
+        tiles.wanted = np.arange(len(wanted)) % 3 == 1
+        assert list(tiles) == list(tiles) == wanted[1::3]
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from conftest import assert_close
 from threadpoolctl import threadpool_limits
 
 import ntkfast as nf
-from ntkfast import empirical
+from ntkfast import _passes, empirical
 from ntkfast._windows import Windows
 from ntkfast.reference import convolution
 from ntkfast.reference import finite_convolution as reference
@@ -171,13 +171,16 @@ def test_windows(grid, sizes, circular, rng):
     table = convolution.slots(grid, sizes, "circular" if circular else "zeros")
     n, p, q = 4, windows.positions, windows.slots
     assert table.shape == (q, p)
-    x, g = rng.standard_normal((n * p, 3)), rng.standard_normal((n * p, q * 3))
+    x, g, W = (rng.standard_normal(shape) for shape in ((n * p, 3), (n * p, 4), (4, q * 3)))
     padded = np.concatenate([x.reshape(n, p, 3), np.zeros((n, 1, 3))], axis=1)
     wanted = 2 * np.stack([padded[:, row] for row in table], axis=2).reshape(n * p, q * 3)
     out = np.full((n * p, q * 3 + 1), np.nan)[:, :-1]
     windows.gather(x, 2.0, out)
     assert (out == wanted).all()
-    assert_close(np.sum(windows.scatter(g) * x), np.sum(g * wanted) / 2, np.sum(np.abs(g * wanted)), 1e-15)
+    seen, read = np.empty((n * p, q * 4)), g @ W * wanted
+    windows.gather(g, 2.0, seen)
+    for back in (2 * windows.scatter(g @ W), seen @ windows.turned(W)):
+        assert_close(np.sum(back * x), np.sum(read), np.sum(np.abs(read)), 1e-15)
 
 
 def test_initialisation():
@@ -209,10 +212,12 @@ def test_one_position_is_a_dense_network(rng):
         assert_close(nf.empirical_ntk(network, images, per_layer=True), K, K.max(), 1e-14)
 
 
+@pytest.mark.parametrize("narrow", [0, 128])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("name", NETS)
-def test_wider_networks(name, dtype, rng):
-    """Long sums: both error goals at a width where rounding adds up."""
+def test_wider_networks(name, dtype, narrow, rng, monkeypatch):
+    """Long sums: both error goals at a width where rounding adds up, on both ways back through a convolution."""
+    monkeypatch.setattr(_passes, "_NARROW", narrow)
     X = images(rng, (4, 6), channels=3)
     bounds = {np.float64: (1e-13, 1e-13), np.float32: (2e-6, 2e-6)}[dtype]
     compare(build(name), X, 40, bounds, dtype)

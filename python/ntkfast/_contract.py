@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ntkfast import _core
 from ntkfast._overflow import quiet, refuse_tile, within
-from ntkfast._tiles import SIDE, Progress, Tile, _direct, product, tiles
+from ntkfast._tiles import SIDE, Progress, Tile, Tiles, _direct, product
 
 Array = NDArray[Any]
 
@@ -212,7 +212,7 @@ def fill(out: Any, left: Sequence[Factor], right: Sequence[Factor] | None, *, pe
     dtype = left[0].inputs.dtype
     ways = contractions(left, other, symmetric=symmetric)
     work = _Work(left, other, ways, per_layer, _buffers(left, other, ways))
-    todo = list(tiles(n, m, symmetric, _side(out, dtype)))
+    todo = Tiles(n, m, symmetric, _side(out, dtype))
     with Progress(progress, sum(tile.entries for tile in todo)) as bar, quiet():
         for tile in todo:
             _fill_tile(work, out, tile)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -351,7 +351,7 @@ def _fill(
     """The outputs, pair by pair, or the tiles that a record still wants, whole."""
     n, m = problem.shape
     record = record_of(outs)
-    todo = record.begin() if record else [Tile(slice(0, n), slice(0, m), problem.symmetric)]
+    todo: Iterable[Tile] = record.begin() if record else [Tile(slice(0, n), slice(0, m), problem.symmetric)]
     with Progress(progress, sum(tile.entries for tile in todo)) as bar:
         for tile in todo:
             shape = tile.rows.stop - tile.rows.start, tile.cols.stop - tile.cols.start

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkfast._tiles import Record, Tile, tiles
+from ntkfast._tiles import Record, Tile, Tiles
 
 Array = NDArray[Any]
 
@@ -49,7 +49,7 @@ class MatrixFile(Record):
         self.name = f"{part[0]}of{part[1]}"
         self.about = about
         self._data = self._map = -1
-        self._offset, self._indices = 0, dict[tuple[int, int], int]()
+        self._offset = 0
         self._pending, self._flushed = list[int](), 0.0
 
     # --- the state on disk -------------------------------------------------------------------------------------------
@@ -123,20 +123,20 @@ class MatrixFile(Record):
 
     def _marks(self) -> NDArray[np.bool_]:
         """(tiles,) what is done, by any part."""
-        done = np.zeros(len(self._tiles()), dtype=bool)
+        done = np.zeros(self._tiles().count, dtype=bool)
         for path in self.folder.iterdir():
             if re.fullmatch(r"\d+of\d+", path.name):
                 marks = np.frombuffer(path.read_bytes(), np.uint8)[: len(done)]
                 done[: len(marks)] |= marks == 1
         return done
 
-    def _tiles(self) -> list[Tile]:
+    def _tiles(self) -> Tiles:
         tiling = self.about["tiling"]
-        return list(tiles(*self.shape, self.about["Y"] is None, tiling["side"], tiling["unit"]))
+        return Tiles(*self.shape, self.about["Y"] is None, tiling["side"], tiling["unit"])
 
     # --- one run -----------------------------------------------------------------------------------------------------
 
-    def begin(self) -> list[Tile]:
+    def begin(self) -> Tiles:
         """Open or make the file; the tiles of this part that are left."""
         self.folder.mkdir(exist_ok=True)
         self._map = os.open(self.folder / self.name, os.O_RDWR | os.O_CREAT, 0o666)
@@ -152,14 +152,15 @@ class MatrixFile(Record):
             _publish(new, self.path)
         self._offset = self.view().offset
         self._data = os.open(self.path, os.O_RDWR)
-        all_tiles, done = self._tiles(), self._marks()
-        self.side = max(max(t.rows.stop - t.rows.start, t.cols.stop - t.cols.start) for t in all_tiles)
-        self._indices = {(t.rows.start, t.cols.start): k for k, t in enumerate(all_tiles)}
+        self._all, done = self._tiles(), self._marks()
+        self.side = self._all.side
         self._flushed = time.monotonic()
         if self.tell and done.any():
             print(f"ntkfast: {self.path}: {done.sum()} of {len(done)} tiles are done", file=sys.stderr)
         k, of = self.part
-        return [tile for tile, is_done in zip(all_tiles[k::of], done[k::of], strict=True) if not is_done]
+        self._all.wanted = np.zeros_like(done)
+        self._all.wanted[k::of] = ~done[k::of]
+        return self._all
 
     def _write_about(self, path: Path, complete: bool) -> None:
         with path.open("w") as file:
@@ -197,7 +198,7 @@ class MatrixFile(Record):
 
     def stored(self, tile: Tile) -> None:
         """To be marked with the next flush."""
-        self._pending.append(self._indices[tile.rows.start, tile.cols.start])
+        self._pending.append(self._all.number(tile))
         if time.monotonic() - self._flushed >= _FLUSH:
             self.flush()
 

@@ -11,10 +11,15 @@ from numpy.typing import NDArray
 from ntkfast._contract import Factor
 from ntkfast._derivatives import Derivatives, derivatives
 from ntkfast._products import times
-from ntkfast._windows import Layout
+from ntkfast._windows import Layout, Windows
 from ntkfast.activation import Activation
 
 Array = NDArray[Any]
+
+#: Channels up to which gradients go back as windows, one product, instead of being added up slot by slot, in runs of so
+#: many numbers (three layers, 16 x 16 positions, float32, one core: width 8 6.2 ms to 4.0 ms, 16 21 ms to 16 ms, 32
+#: 100 ms to 86 ms, 128 96 ms to 92 ms, but 256 142 ms to 150 ms).
+_NARROW = 128
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,20 @@ def _seen(step: Step, layout: Layout, x: Array, out: Array | None = None) -> Arr
     if out is None:
         if layout.slots == 1 and step.weight == 1.0:
             return x
-        out = np.empty_like(x, shape=(len(x), step.W.shape[1]))
+        out = np.empty_like(x, shape=(len(x), layout.slots * x.shape[1]))
     layout.gather(x, step.weight, out)
     return out
+
+
+def _back(step: Step, layout: Layout, g: Array) -> Array:
+    """The gradient in x from g, that in the preactivations."""
+    if isinstance(layout, Windows) and len(step.W) <= _NARROW:
+        found: Array = times(_seen(step, layout, g), layout.turned(step.W))
+        return found
+    back: Array = times(g, step.W)
+    if step.weight != 1.0:
+        back *= step.weight
+    return layout.scatter(back)
 
 
 def outputs(steps: tuple[Step, ...], head: Head, layout: Layout, x: Array) -> Array:
@@ -149,8 +165,5 @@ def fill_factors(
         np.multiply(slope, inner, out=slope)
         if k == lowest:
             return
-        back = times(slope, step.W)
-        if step.weight != 1.0:
-            back *= step.weight
-        back = layout.scatter(back)
+        back = _back(step, layout, slope)
         g = back + step.skip * g if step.skip else back

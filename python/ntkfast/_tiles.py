@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -62,14 +63,41 @@ def _parts(n: int, side: int, unit: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges) if a < b]
 
 
-def tiles(n: int, m: int, symmetric: bool, side: int, unit: int = 1) -> Iterator[Tile]:
-    """All tiles of an (n, m) result, beginning at multiples of `unit`; if symmetric those on and above the diagonal."""
-    rows = _parts(n, side, unit)
-    cols = rows if symmetric else _parts(m, side, unit)
-    for i, row in enumerate(rows):
-        for j, col in enumerate(cols):
-            if not symmetric or j >= i:
-                yield Tile(row, col, symmetric)
+class Tiles:
+    """All tiles of an (n, m) result, beginning at multiples of `unit`; if symmetric those on and above the diagonal.
+
+    They are made while one goes over them: there may be millions."""
+
+    def __init__(self, n: int, m: int, symmetric: bool, side: int, unit: int = 1) -> None:
+        self.symmetric, self.rows = symmetric, _parts(n, side, unit)
+        self.cols = self.rows if symmetric else _parts(m, side, unit)
+        #: (count,) Those to go over; None: all.
+        self.wanted: NDArray[np.bool_] | None = None
+
+    @property
+    def count(self) -> int:
+        """Of all tiles."""
+        n, m = len(self.rows), len(self.cols)
+        return n * (n + 1) // 2 if self.symmetric else n * m
+
+    @property
+    def side(self) -> int:
+        """Rows or columns of the largest one."""
+        return max((part.stop - part.start for part in self.rows + self.cols), default=0)
+
+    def number(self, tile: Tile) -> int:
+        """The place of a tile among all."""
+        i, j = (bisect_left(parts, part.start, key=lambda some: some.start)
+                for parts, part in ((self.rows, tile.rows), (self.cols, tile.cols)))  # fmt: skip
+        return i * len(self.cols) + j - (i * (i + 1) // 2 if self.symmetric else 0)
+
+    def __iter__(self) -> Iterator[Tile]:
+        number = 0
+        for i, row in enumerate(self.rows):
+            for col in self.cols[i:] if self.symmetric else self.cols:
+                if self.wanted is None or self.wanted[number]:
+                    yield Tile(row, col, self.symmetric)
+                number += 1
 
 
 class Record:
@@ -77,7 +105,7 @@ class Record:
 
     side: int  #: rows and columns of its largest tile, after begin()
 
-    def begin(self) -> list[Tile]:
+    def begin(self) -> Tiles:
         """The tiles to do; called once, when everything else is checked."""
         raise NotImplementedError
 
@@ -177,14 +205,14 @@ def run(job: Job) -> None:
         side = record.side
     else:
         side = side_of(job)
-        todo = list(tiles(n, m, job.symmetric, side, _core.PANEL if job.fused else 1))
+        todo = Tiles(n, m, job.symmetric, side, _core.PANEL if job.fused else 1)
     direct = all(_direct(out, job.x.dtype) for out in job.outputs)
     # Threads of either pool go on spinning for a while when their work is done, and slow down the other pool. So the
     # products of many tiles come first, then all their epilogues: in place that takes no memory.
     batch = max(1, int(_BATCH / (2.0 * side * side * job.x.shape[1]))) if direct and not job.fused else 1
     with Progress(job.progress, sum(tile.entries for tile in todo)) as bar:
-        for start in range(0, len(todo), batch):
-            ready = [_prepare(job, tile) for tile in todo[start : start + batch]]
+        left = iter(todo)
+        while ready := [_prepare(job, tile) for tile in islice(left, batch)]:
             for item in ready:
                 _finish(job, item, bar)
                 if record:

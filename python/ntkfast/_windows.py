@@ -156,6 +156,12 @@ class Windows:
             image[source] += wide[to]
         return image.reshape(-1, channels)
 
+    def turned(self, W: Array) -> Array:
+        """W for the way back: windows of g times turned W is :meth:`scatter` of g W. What is in slot k of a window has
+        the centre of that window in slot -k of its own."""
+        slots: Array = W.reshape(len(W), self.slots, -1)[:, ::-1]
+        return slots.swapaxes(0, 1).reshape(self.slots * len(W), -1)
+
     def readout_shape(self, width: int) -> tuple[int, ...]:
         """Of the weights of the readout: one for all positions, or one each."""
         return (width,) if self.pooled else (self.positions, width)

@@ -11,7 +11,7 @@ from ntkfast import _core
 from ntkfast._arrays import as_numpy, check_memory
 from ntkfast._plan import mix_of
 from ntkfast._problem import Problem, factors
-from ntkfast._tiles import Progress, fused_side, tiles
+from ntkfast._tiles import Progress, Tiles, fused_side
 from ntkfast.gram import _check_kinds
 from ntkfast.network import Network
 
@@ -66,7 +66,7 @@ class Multiplier:
         sums = np.zeros((count, n))
         nanoseconds = self.nanoseconds + 0.5 * min(count, _COLUMNS) / _core.threads()
         side = fused_side(self.problem.x.rows.shape[1], nanoseconds)
-        todo = list(tiles(n, m, self.problem.symmetric, side, _core.PANEL))
+        todo = Tiles(n, m, self.problem.symmetric, side, _core.PANEL)
         with Progress(progress, -(-count // _COLUMNS) * sum(tile.entries for tile in todo)) as bar:
             for start in range(0, count, _COLUMNS):
                 part = slice(start, min(start + _COLUMNS, count))

@@ -20,7 +20,7 @@ from ntkfast._cuda import layout
 from ntkfast._cuda.device import Gpu
 from ntkfast._cuda.gram import STREAMED, Output, Slices, put_factors, put_matrix
 from ntkfast._cuda.tiles import TileWorker
-from ntkfast._tiles import Tile, tiles
+from ntkfast._tiles import Tile, Tiles
 
 Array = NDArray[Any]
 Vector = NDArray[np.float64]
@@ -164,7 +164,7 @@ class ConvWorker(TileWorker):
     def launch(self, tile: Tile, scratch: Scratch, views: Sequence[Any], mirrors: Sequence[Any]) -> None:
         """A tile, on the current stream; waits until its last launches but two are done."""
         rows, cols = tile.rows.stop - tile.rows.start, tile.cols.stop - tile.cols.start
-        for part in tiles(rows, cols, tile.diagonal, self.side):
+        for part in Tiles(rows, cols, tile.diagonal, self.side):
             i, j = (slice(whole.start + some.start, whole.start + some.stop)
                     for whole, some in ((tile.rows, part.rows), (tile.cols, part.cols)))  # fmt: skip
             record = self._square(scratch, Tile(i, j, tile.mirrored))

@@ -18,7 +18,7 @@ from ntkfast._arrays import OutOfMemoryError, Points, allocate, not_finite, scal
 from ntkfast._cuda import layout
 from ntkfast._cuda.device import Gpu, Place, as_cupy, contiguous_rows, index_of, row_stride, stream_of
 from ntkfast._cuda.tiles import Check, Share, TileWorker, in_parallel, resident_tiles, stream_tiles
-from ntkfast._tiles import Progress, Tile, record_of, tiles
+from ntkfast._tiles import Progress, Tile, Tiles, record_of
 
 Array = NDArray[Any]
 Vector = NDArray[np.float64]
@@ -199,7 +199,7 @@ class Backend:
         else:
             most = resident_side if resident else _streamed_side(problem, outs, streamed_side or STREAMED)
             side = min(most, max(n, m))
-            todo = list(tiles(n, m, problem.symmetric, side))
+            todo = Tiles(n, m, problem.symmetric, side)
         with Progress(progress, sum(tile.entries for tile in todo)) as bar:
             if resident:
                 with self.here() as gpu:

@@ -6,15 +6,14 @@ To the host they go through two pairs of buffers: while one tile is computed and
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ntkfast._cuda.device import Gpu
-from ntkfast._tiles import Progress, Tile, record_of
+from ntkfast._tiles import Progress, Tile, Tiles, record_of
 
 Array = NDArray[Any]
 Check = Callable[[Array, Tile], None]
@@ -42,11 +41,11 @@ class TileWorker:
 
 
 def resident_tiles(
-    gpu: Gpu, worker: Any, stream: Any, todo: Sequence[Tile], side: int, outs: Sequence[Any], bar: Progress
+    gpu: Gpu, worker: Any, stream: Any, todo: Tiles, side: int, outs: Sequence[Any], bar: Progress
 ) -> None:
     """Tiles of a result on the device, on the user's stream or on several of their own between its work."""
     # All scratch belongs to the user's stream: it goes back to the pool behind everything that uses it.
-    scratch = [worker.scratch(side) for _ in range(min(worker.lanes, len(todo)))]
+    scratch = [worker.scratch(side) for _ in range(min(worker.lanes, todo.count))]
     lanes = [gpu.stream() for _ in scratch] if len(scratch) > 1 else [stream]
     if len(lanes) > 1:
         ready = stream.record()
@@ -65,14 +64,14 @@ class Share:
     """What the threads of several GPUs share: tiles to do, results, and whether to stop."""
 
     def __init__(
-        self, todo: Sequence[Tile], outs: Sequence[Any], bar: Progress, check: Check | None = None
+        self, todo: Iterable[Tile], outs: Sequence[Any], bar: Progress, check: Check | None = None
     ) -> None:  # fmt: skip
-        self._todo, self._lock, self._check = deque(todo), threading.Lock(), check
+        self._todo, self._lock, self._check = iter(todo), threading.Lock(), check
         self.outs, self.bar, self.stop = outs, bar, threading.Event()
 
     def next(self) -> Tile | None:
         with self._lock:
-            return None if self.stop.is_set() or not self._todo else self._todo.popleft()
+            return None if self.stop.is_set() else next(self._todo, None)
 
     def store(self, tile: Tile, parts: Sequence[tuple[Array, Array | None]]) -> None:
         """A tile goes to the results; anything but NumPy arrays takes one thread at a time."""
