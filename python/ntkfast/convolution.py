@@ -247,8 +247,8 @@ def conv_net(
     brighter one, flat backgrounds of different brightness) for relu and every slope from -1 to 0 without biases, with
     all layers but the first trained; such pairs take several times as long. Otherwise, and in :func:`conv_resnet`,
     kinked activations lose up to sqrt(c) 1e-8 (float64) or sqrt(c) 2e-4 (float32) of the kernel if all patches are
-    multiples by c or 1/c. Images in general position lose about c 1e-16 or c 1e-8 if the norm of one is c times that of
-    the other: scale images whose norms are far apart.
+    multiples by c or 1/c. Images in general position lose about c 1e-16 or c 1e-8 if the norm of one, or of some of its
+    pixels, is c times that of the other: scale images whose norms are far apart.
 
     Examples
     --------
