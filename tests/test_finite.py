@@ -10,6 +10,7 @@ import pickle
 import numpy as np
 import pytest
 from conftest import assert_close
+from finite_cases import compare_differences
 
 import ntkfast as nf
 from ntkfast import reference
@@ -90,21 +91,10 @@ def test_factors_are_derivatives_of_the_outputs(name, rng):
             A, D = next(trained)
             assert A.shape[1] == matrix.shape[1] + (bias is not None)
             G = np.einsum("ni,nj->nij", D, A)
-            _compare_differences(network, X, matrix, G[:, :, : matrix.shape[1]])
+            compare_differences(network, X, matrix, G[:, :, : matrix.shape[1]])
             if bias is not None:
-                _compare_differences(network, X, bias, G[:, :, -1])
+                compare_differences(network, X, bias, G[:, :, -1])
     assert len(list(trained)) == net.readout.trained
-
-
-def _compare_differences(network, X, parameter, gradient, h=1e-6):
-    for at in np.ndindex(parameter.shape):
-        old = parameter[at]
-        parameter[at] = old + h
-        up = network.outputs(X)
-        parameter[at] = old - h
-        down = network.outputs(X)
-        parameter[at] = old
-        assert_close(gradient[(slice(None), *at)], (up - down) / (2 * h), 1 + np.abs(gradient).max(), 1e-7)
 
 
 @pytest.mark.parametrize(("depth", "theta"), [(1, 1.0), (2, 0.5), (4, 0.7)])

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from conftest import assert_close
+from finite_cases import compare_differences
 from threadpoolctl import threadpool_limits
 
 import ntkfast as nf
@@ -141,26 +142,15 @@ def test_factors_are_derivatives_of_the_outputs(name, grid, padding, pooling, rn
         assert A.shape == (3, np.prod(grid), step.W.shape[1] + (step.beta is not None))
         assert D.shape == (3, np.prod(grid), 3)
         G = np.einsum("npi,npj->nji", A, D)
-        _compare_differences(network, X, step.W, G[:, :, : step.W.shape[1]])
+        compare_differences(network, X, step.W, G[:, :, : step.W.shape[1]])
         if step.beta is not None:
-            _compare_differences(network, X, step.beta, G[:, :, -1])
+            compare_differences(network, X, step.beta, G[:, :, -1])
     if net.readout.trained:
         A, D = next(trained)
         assert A.shape == (3, network.weights[-1].size)
         assert (D == 1).all()
-        _compare_differences(network, X, network.weights[-1], A.reshape(3, *network.weights[-1].shape))
+        compare_differences(network, X, network.weights[-1], A.reshape(3, *network.weights[-1].shape))
     assert next(trained, None) is None
-
-
-def _compare_differences(network, X, parameter, gradients, h=1e-6):
-    for at in np.ndindex(parameter.shape):
-        old = parameter[at]
-        parameter[at] = old + h
-        up = network.outputs(X)
-        parameter[at] = old - h
-        down = network.outputs(X)
-        parameter[at] = old
-        assert_close(gradients[(slice(None), *at)], (up - down) / (2 * h), 1 + np.abs(gradients).max(), 1e-7)
 
 
 @pytest.mark.parametrize("circular", [False, True])

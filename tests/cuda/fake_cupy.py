@@ -23,6 +23,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pytest
 import simulate
 from fake_device import Event, Memory, Stream, gemm
 from fake_math import Arithmetic, Functions, erf
@@ -400,3 +401,15 @@ def install(monkeypatch, **settings):
     monkeypatch.setattr(compiler, "cubin_file", lambda name, *others: simulate.CSRC / "cuda" / f"{name}.cu")
     monkeypatch.setattr(compiler, "_load", functools.cache(compiler._load.__wrapped__))
     return fake
+
+
+@pytest.fixture(params=[True, False], ids=["lazy", "at once"])
+def two_devices(monkeypatch, request):
+    """`lazy`: work waits until somebody waits for it."""
+    return install(monkeypatch, devices=2, lazy=request.param)
+
+
+@pytest.fixture
+def shuffled(monkeypatch):
+    """Threads of a kernel in random orders."""
+    return install(monkeypatch, seed=7)

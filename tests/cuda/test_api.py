@@ -28,12 +28,7 @@ NET = nf.resnet(3)
 BIASED = nf.Network([nf.Dense("relu", bias_variance=0.1), nf.Residual("erf", scale=0.5)], nf.Readout(bias_variance=0.2))
 X = np.random.default_rng(3).normal(size=(41, 6))
 Y = np.random.default_rng(4).normal(size=(23, 6))
-
-
-@pytest.fixture(params=[True, False], ids=["lazy", "at once"])
-def gpu(monkeypatch, request):
-    """Two devices; `lazy`: work waits until somebody waits for it."""
-    return fake_cupy.install(monkeypatch, devices=2, lazy=request.param)
+gpu = fake_cupy.two_devices
 
 
 @pytest.fixture

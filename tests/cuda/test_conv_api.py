@@ -21,12 +21,7 @@ pytestmark = pytest.mark.skipif(simulate.missing(simulate.mode()) is not None, r
 
 NET, POOLED = nf.conv_resnet(3), nf.conv_net(2, readout="gap")
 X, Y = images(9, (4, 5)), images(6, (4, 5), seed=1)
-
-
-@pytest.fixture(params=[True, False], ids=["lazy", "at once"])
-def gpu(monkeypatch, request):
-    """Two devices; `lazy`: work waits until somebody waits for it."""
-    return fake_cupy.install(monkeypatch, devices=2, lazy=request.param)
+gpu = fake_cupy.two_devices
 
 
 @pytest.fixture

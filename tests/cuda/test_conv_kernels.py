@@ -67,10 +67,7 @@ def images(n, grid, dtype=np.float64, seed=0, channels=2):
     return x.astype(dtype)
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """Kernels on the simulator, threads in random orders."""
-    return fake_cupy.install(monkeypatch, seed=7)
+gpu = fake_cupy.shuffled
 
 
 def scale(net, x, y=None, kind="ntk"):
@@ -200,7 +197,7 @@ def test_backgrounds_keep_their_digits(gpu, readout, padding, window):
             assert_close(found, wanted, scale(net, x), bound)
 
 
-@pytest.mark.skipif(not PLAIN, reason="the CPU's tests of these images take long enough once")
+@pytest.mark.skipif(not PLAIN, reason="40 digits take long; the kernels run above, under the sanitizers too")
 @READOUTS
 @pytest.mark.parametrize("padding", ["zeros", "circular"])
 def test_hard_images_against_forty_digits(gpu, readout, padding):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import simulate
 from conftest import assert_close
+from finite_cases import NETWORKS
 
 import ntkfast as nf
 from ntkfast import _contract, finite, third_order
@@ -194,21 +195,6 @@ def test_bad_factors(gpu, rng):
 
 
 # Finite networks
-
-NETWORKS = {
-    name: nf.resnet(2, name)
-    for name in ("relu", "leaky_relu", "abs", "erf", "gelu", "silu", "softplus", "tanh", "sin", "cos", "gaussian")
-} | {
-    "exp": nf.Network([nf.Dense("exp", gain=0.2, weight_variance=0.1)]),
-    "bottleneck": nf.bottleneck_resnet(2, first_trained=True),
-    "fixed readout": nf.fixed_readout_resnet(2, last_width_ratio=1.5),
-    "biases": nf.Network(
-        [nf.Bottleneck("tanh", scale=0.5, bias_variance=0.1, outer_bias_variance=0.2)], nf.Readout(bias_variance=0.3)
-    ),
-    "frozen": nf.Network([nf.Dense("relu", trained=False)], nf.Readout(trained=False)),
-    "conv": nf.conv_net(2, bias_variance=0.1),
-    "conv, gap": nf.conv_resnet(2, "erf", readout="gap", padding="circular"),
-}
 
 
 def pair(name, dtype, device="cuda"):

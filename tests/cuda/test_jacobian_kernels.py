@@ -21,10 +21,7 @@ PLAIN = simulate.mode() == "plain"
 BOUND = {np.float64: 1e-13, np.float32: 2e-6}
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """Kernels on the simulator, threads in random orders."""
-    return fake_cupy.install(monkeypatch, seed=7)
+gpu = fake_cupy.shuffled
 
 
 @pytest.fixture(scope="module", autouse=True)

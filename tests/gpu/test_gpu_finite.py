@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import assert_close
+from finite_cases import NETWORKS
 
 import ntkfast as nf
 from ntkfast._cuda import CudaUnavailable, jacobian, load_cupy
@@ -123,21 +124,6 @@ def test_factors_in_pieces(monkeypatch):
     monkeypatch.setattr(gpu_gram.Backend, "free_bytes", lambda gpus: 1 << 20)
     check(nf.jacobian_gram(x, device="cuda"), nf.jacobian_gram(x), np.float64)
     check(nf.jacobian_gram(x, y, per_layer=True, device="cuda"), nf.jacobian_gram(x, y, per_layer=True), np.float64)
-
-
-NETWORKS = {
-    name: nf.resnet(3, name)
-    for name in ("relu", "leaky_relu", "abs", "erf", "gelu", "silu", "softplus", "tanh", "sin", "cos", "gaussian")
-} | {
-    "exp": nf.Network([nf.Dense("exp", gain=0.2, weight_variance=0.1)]),
-    "bottleneck": nf.bottleneck_resnet(2, first_trained=True),
-    "fixed readout": nf.fixed_readout_resnet(2, last_width_ratio=1.5),
-    "biases": nf.Network(
-        [nf.Bottleneck("tanh", scale=0.5, bias_variance=0.1, outer_bias_variance=0.2)], nf.Readout(bias_variance=0.3)
-    ),
-    "conv": nf.conv_net(2, bias_variance=0.1),
-    "conv, gap": nf.conv_resnet(2, "erf", readout="gap", padding="circular"),
-}
 
 
 @DTYPES
