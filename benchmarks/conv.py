@@ -108,7 +108,7 @@ def own_times(problem: Problem, rounds: int, one_thread: bool) -> list[float]:
 
 
 def neural_tangents(net: nf.ConvNetwork, side: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Its kernel of the same network, jitted as a whole (layer by layer, not jitted, it takes seven times as long).
+    """Its kernel of the same network, jitted as a whole.
 
     Its first layer divides by the channels, its Flatten by the positions.
     """

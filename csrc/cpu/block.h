@@ -1,6 +1,9 @@
 // Arrays of one block of pairs, one per thread. A block is at most kRows x kCols pairs, row by row, kCols apart.
 #pragma once
 #include <cstdlib>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "kernels.h"
 
@@ -16,6 +19,14 @@ constexpr int kChunk = 512;
 // so do numbers that take no longer to read.
 constexpr double kShort = 2e5;
 constexpr std::int64_t kAlone = 100000;
+
+static inline int most_threads() {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
 
 // All arrays (kBlock,).
 template <class T>

@@ -1,5 +1,5 @@
 // Planes on which patches are multiples of each other, of different norms: flat backgrounds of different brightness, an image and
-// its multiple. Three to five times slower than conv_fast.h, but no digit is lost (exact_terms of csrc/math/conv.h). Without skips only.
+// its multiple. Several times slower than conv_fast.h, but no digit is lost (exact_terms of csrc/math/conv.h). Without skips only.
 #pragma once
 #include "conv_image.h"
 

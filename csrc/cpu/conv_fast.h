@@ -52,8 +52,8 @@ struct FastWindow {
         const T* from = plane + r * g.stride + g.pad + c;
         P left = load_pack<U>(from - 1), right = load_pack<U>(from + 1);
         if (SOURCE == kSeam) {
-            left = fill ? choose(left_of, same_pack<U>(a.seam.left[r]), left) : drop(left_of, left);
-            right = fill ? choose(right_of, same_pack<U>(a.seam.right[r]), right) : drop(right_of, right);
+            left = fill ? choose(left_of, P(a.seam.left[r]), left) : drop(left_of, left);
+            right = fill ? choose(right_of, P(a.seam.right[r]), right) : drop(right_of, right);
         }
         return (left + right) + load_pack<U>(from);
     }
@@ -148,19 +148,16 @@ NTK_INLINE void start_row_of(const T* x, const T* y, int channels, int x_step, i
     constexpr int known = CHANNELS ? CHANNELS : 1;
 #pragma omp simd
     for (int c = 0; c < n; ++c) {
-        T e = T(0), f = T(0);
+        FastState<T> sum{T(0), T(0)};
         NTK_UNROLL
-        for (int k = 0; k < known; ++k) {
-            const T minus = x[k * x_step + c] - y[k * y_step + c], plus = x[k * x_step + c] + y[k * y_step + c];
-            e = fma_(minus, minus, e), f = fma_(plus, plus, f);
-        }
-        E[c] = e, F[c] = f;
+        for (int k = 0; k < known; ++k) sum = fast_channel(sum, x[k * x_step + c], y[k * y_step + c]);
+        E[c] = sum.e, F[c] = sum.m;
     }
     for (int k = known; !CHANNELS && k < channels; ++k)
 #pragma omp simd
         for (int c = 0; c < n; ++c) {
-            const T minus = x[k * x_step + c] - y[k * y_step + c], plus = x[k * x_step + c] + y[k * y_step + c];
-            E[c] = fma_(minus, minus, E[c]), F[c] = fma_(plus, plus, F[c]);
+            const FastState<T> sum = fast_channel<T>({E[c], F[c]}, x[k * x_step + c], y[k * y_step + c]);
+            E[c] = sum.e, F[c] = sum.m;
         }
 }
 template <class T>

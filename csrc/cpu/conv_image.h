@@ -34,13 +34,14 @@ static void fast_points(const GeneralLayer& layer, const FastUnits& units, doubl
                         double* mean, double* made) {
     const GeneralLayer l = layer;  // copies: a store might change what a reference points to
     const FastUnits u = units;
-    const double factor = mean_factor(l), half = even_part(l);
+    const Homogeneous activation{l.slope};
 #pragma omp simd
     for (int k = 0; k < n; ++k) {
         const double window = fast_variance(l, lam[k], least);
+        const RowNumbers row = activation.row(window);
         const FastPoint<double> point = fast_point(l, u, window, mean[k], var[k]);
         made[k] = point.root, made[k + n] = point.inv, made[k + 2 * n] = point.mean, made[k + 3 * n] = point.half;
-        const RowState after = advance_row(l, {var[k], mean[k]}, half * window, factor * sqrt_(window));
+        const RowState after = advance_row(l, {var[k], mean[k]}, row.q, row.mu);
         var[k] = after.var, mean[k] = after.mean;
     }
 }

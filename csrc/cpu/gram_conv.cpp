@@ -4,10 +4,6 @@
 //   pooled     all shifts of the second image, height x width planes a pair
 //   parallel   blocks of pairs, or row shifts of pairs; sums do not depend on the number of threads
 //   compiled   once per instruction set with NTK_ISA; nothing here may have external linkage but `conv`
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "conv_fast.h"
 #include "conv_general.h"
 #include "write.h"
@@ -27,14 +23,9 @@ struct PairBlock {
 template <class T>
 PairBlock block_of(const ConvPlan& p, std::int64_t each, std::int64_t rows, std::int64_t cols) {
     if (p.pooled) return {1, 1};
-#ifdef _OPENMP
-    const int threads = omp_get_max_threads();
-#else
-    const int threads = 1;
-#endif
     PairBlock b{kFirst, smaller(kSecond, cols)};
     while (b.cols > 2 && (b.cols + 1) * each * std::int64_t(sizeof(T)) > kNear) --b.cols;
-    const std::int64_t most = rows * cols / (std::int64_t(kBlocksEach) * threads);
+    const std::int64_t most = rows * cols / (std::int64_t(kBlocksEach) * most_threads());
     while (b.rows > 2 && b.rows * b.cols > most) b.rows /= 2;
     while (b.cols > 2 && b.rows * b.cols > most) --b.cols;
     return b;

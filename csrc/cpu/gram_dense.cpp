@@ -14,10 +14,6 @@
 #include "patch.h"
 #include "product.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 namespace ntk {
 namespace NTK_ISA {
 namespace {
@@ -126,14 +122,6 @@ struct FusedWork {
         }
     }
 };
-
-int most_threads() {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
 
 template <class A, class T, class Finish>
 bool fused_as(const Plan& plan, const FusedTile& f) {

@@ -46,14 +46,6 @@ NTK_INLINE void save_pack(T* to, const Pack<T, U>& p) {
     for (int u = 0; u < U; ++u) save_lanes(to + u * kLanes<T>, p.v[u]);
 }
 
-template <int U, class T>
-NTK_INLINE Pack<T, U> same_pack(T x) {
-    Pack<T, U> p;
-    NTK_UNROLL
-    for (int u = 0; u < U; ++u) p.v[u] = broadcast(x);
-    return p;
-}
-
 #define NTK_PACK(name, expression)                                                \
     template <class T, int U>                                                     \
     NTK_INLINE Pack<T, U> name(const Pack<T, U>& a, const Pack<T, U>& b) {        \
@@ -127,7 +119,6 @@ using packs::load_mask;
 using packs::load_pack;
 using packs::Pack;
 using packs::PackMask;
-using packs::same_pack;
 
 }  // namespace
 

@@ -4,21 +4,9 @@
 #include "kernels.h"
 #include "product.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 namespace ntk {
 namespace NTK_ISA {
 namespace {
-
-int most_threads() {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
 
 // The compiler must take x for changed.
 #ifdef __x86_64__

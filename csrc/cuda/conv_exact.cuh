@@ -3,8 +3,8 @@
 //
 //   norms     of the positions, at every slot of the windows: roots of half variances before the first layer, then the roots
 //             that the layer before keeps
-//   cost      any window slot by slot: about 790 instructions a position and layer, float32, window of 3 x 3, compiled for sm_90,
-//             between five and six times those of conv_fast.cuh; 36 accesses of memory, half of them of norms from the caches
+//   cost      any window slot by slot, 36 accesses of memory a position and layer for 3 x 3, half of them of norms from the caches:
+//             several times that of conv_fast.cuh
 #pragma once
 #include "conv_fast.cuh"
 

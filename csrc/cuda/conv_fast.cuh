@@ -1,11 +1,9 @@
 // Bias-free convolutional networks with a positively homogeneous activation (the twin of ../cpu/conv_fast.h): planes E and M
 // in the type of the results, strips of four rows.
 //
-//   cost      a position and layer, float32, window of 3 x 3, compiled for sm_90: 139 instructions and no branch without seams
-//             (70 of arithmetic: 14 fused multiply-adds of the two fits, an inverse root, 16 of the windows; 11 accesses of shared
-//             memory, 3 of global memory), about 150 with seams; 4 more in the first layer, to watch what it loses. 21 layers of
-//             32 x 32 are 21,504 such steps a pair, 1024 times as many for pooled kernels. Shared memory serves a quarter of the
-//             lanes that compute, and 11 is a twelfth: issuing instructions is what binds
+//   cost      a position and layer, window of 3 x 3: 16 operations of the windows, the two fits and a square root; 11 accesses of
+//             shared memory, 3 of global memory. 21 layers of 32 x 32 are 21,504 such steps a pair, 1024 times as many for pooled
+//             kernels
 //   multiples planes on which patches are multiples of each other, of different norms, are left to conv_exact.cuh
 //   numbers   root and inverse of both images, 16 bytes a position and layer, from the caches: pairs come in squares of images
 #pragma once
@@ -152,13 +150,10 @@ struct ConvFast {
             const int a = at(p, k), b = other(s, p, k);
             const T *xi = static_cast<const T*>(job.i.x) + i64(i) * job.channels * size;
             const T *xj = static_cast<const T*>(job.j.x) + i64(j) * job.channels * size;
-            T e = T(0), f = T(0);
+            FastState<T> state = {T(0), T(0)};
 #pragma unroll 1
-            for (int c = 0; c < job.channels; ++c) {
-                const T x = __ldg(xi + c * size + a), y = __ldg(xj + c * size + b), minus = x - y, plus = x + y;
-                e = fma_(minus, minus, e), f = fma_(plus, plus, f);
-            }
-            to[a] = e, to[size + a] = f;
+            for (int c = 0; c < job.channels; ++c) state = fast_channel(state, __ldg(xi + c * size + a), __ldg(xj + c * size + b));
+            to[a] = state.e, to[size + a] = state.m;
         }
     }
     // Whether digits were lost.

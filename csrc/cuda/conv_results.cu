@@ -20,8 +20,7 @@ __device__ __forceinline__ void conv_results(const ConvJob& job) {
         for (int t = 0; t < kTotals; ++t) total[t] += job.parts[(i64(at) * job.chunks + chunk) * kParts + t];
     for (int o = 0; o < job.n_outputs; ++o) {
         const Output& out = job.outputs[o];
-        const Mix& m = out.mix;
-        const double value = fma_(m.theta, total[0], (m.cov - m.theta) * total[1]) + (m.last != 0.0 ? m.last * total[2] : 0.0);
+        const double value = mix_sums(out.mix, total[0], total[1], total[2]);
         const bool exact = out.diagonal && p.i == p.j;
         put<T>(out.data, out.stride, out.mirror, out.mirror_stride, p, exact ? out.diagonal[p.i] : value * out.fi[p.i] * out.fj[p.j]);
     }

@@ -134,6 +134,12 @@ NTK_INLINE FastTerms<T> exact_terms(const FastLayer<T>& l, T x, T y, T apart, co
     return FIRST ? fast_first_at(l, n, z, negative, near, n + n, T(0), T(0)) : fast_terms_at(l, n, z, near, T(0));
 }
 
+// What a channel adds to E and F before the first layer, in units of kFirstUnit.
+template <class T>
+NTK_INLINE FastState<T> fast_channel(FastState<T> sum, T x, T y) {
+    const T minus = x - y, plus = x + y;
+    return {fma_(minus, minus, sum.e), fma_(plus, plus, sum.m)};
+}
 // What a channel adds to n - C and n + C before the first layer, in units of kFirstUnit: from values divided by the norms a.
 template <class T>
 NTK_INLINE FastState<T> exact_channel(FastState<T> sum, T x_i, T a_i, T x_j, T a_j) {

@@ -39,6 +39,10 @@ NTK_INLINE double mix_general(const Mix& m, double theta, double cov, double las
     v += m.theta != 0.0 ? m.theta * theta : 0.0;
     return v + (m.last != 0.0 ? m.last * last : 0.0);
 }
+// From sums over positions: both = Theta + S.
+NTK_INLINE double mix_sums(const Mix& m, double both, double cov, double last) {
+    return mix_general({m.theta, m.cov - m.theta, 0.0, m.last}, both, cov, last, 0.0, 0.0);
+}
 
 // Own Grams of one layer for layer_grams, before the factors of the later layers.
 NTK_INLINE double own_gram_w(const GeneralLayer& l, double own_w, double own_b) { return l.w * own_w + l.wb * own_b; }

@@ -38,9 +38,8 @@ Calls = Mapping[str, Callable[[], object]]
 
 #: Results with a larger error (relative, see `max_error`) are not timed.
 TOLERANCE = {"float64": 1e-12, "float32": 5e-6}
-#: Others go on after their last call: threads of OpenBLAS spin for 2^28 cycles, 0.1 s (a Gram matrix of 4096 points
-#: right after a product took 0.13 s instead of 0.07 s on two cores), JAX gives memory back for 0.2 s and more (4.1 ms
-#: instead of 2.5 ms a pair of images). The next call must not pay for that. Seconds of one look, and at most.
+#: Others go on after their last call: threads of OpenBLAS spin for 2^28 cycles, 0.1 s, JAX gives memory back in the
+#: background. The next call must not pay for that. Seconds of one look, and at most.
 _LOOK, _REST = 0.05, 5.0
 #: Rows of the NumPy reference that errors are measured on.
 _SAMPLE = 40

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ntkfast import _core, _hermite
 from ntkfast._arrays import allocate, as_numpy, check_memory, result_dtype
+from ntkfast._contract import cuts
 from ntkfast._cuda import conv as gpu_conv
 from ntkfast._cuda.device import find_place
 from ntkfast._cuda.gram import Backend, Output, Slices
@@ -231,10 +232,6 @@ class Part:
     slices: Vector | None  #: (layers, rows, cols)
 
 
-def _cuts(n: int, side: int, start: int = 0) -> list[slice]:
-    return [slice(k, min(k + side, n)) for k in range(start, n, side)]
-
-
 def _shifts(problem: Problem, sums: Vector, seconds: float, call: Any) -> None:
     """Call for all row shifts, in as many parts as keep a call short."""
     count = problem.height if problem.pooled else 1
@@ -248,17 +245,17 @@ def parts(problem: Problem, tile: Tile, *, own_sums: Vector | None, slices: bool
     own_sums: those of all images with themselves, which then are not made again."""
     side, one = problem.side(), 1e-9 * problem.nanoseconds()
     layers = len(problem.net.layers)
-    for rows in _cuts(tile.rows.stop, side, tile.rows.start):
+    for rows in cuts(tile.rows, side):
         x = problem.prepare(problem.x, rows, twice=False)
-        for cols in _cuts(tile.cols.stop, side, tile.cols.start):
+        for cols in cuts(tile.cols, side):
             if problem.symmetric and cols.start < rows.start:
                 continue
             same = problem.symmetric and rows == cols
             strict = same and own_sums is not None
             y = x if same and not problem.pooled else problem.prepare(problem.y, cols, twice=problem.pooled)
-            for some in _cuts(rows.stop - rows.start, max(1, int(_CALL / (one * (cols.stop - cols.start))))):
+            for some in cuts(slice(0, rows.stop - rows.start), max(1, int(_CALL / (one * (cols.stop - cols.start))))):
                 start = some.start if same else 0
-                for part in _cuts(cols.stop - cols.start - start, max(1, int(_CALL / one))):
+                for part in cuts(slice(0, cols.stop - cols.start - start), max(1, int(_CALL / one))):
                     i0, j0 = some.start, start + part.start
                     count = some.stop - some.start, part.stop - part.start
                     sums = np.zeros((3, *count))
@@ -288,10 +285,10 @@ def diagonal_sums(problem: Problem, side: Side) -> Vector:
         return totals
     result = np.zeros((3, len(side)))
     one = 1e-9 * problem.nanoseconds()
-    for images in _cuts(len(side), problem.side()):
+    for images in cuts(slice(0, len(side)), problem.side()):
         x = problem.prepare(side, images, twice=False)
         y = problem.prepare(side, images, twice=True) if problem.pooled else x
-        for part in _cuts(images.stop - images.start, max(1, int(_CALL / one))):
+        for part in cuts(slice(0, images.stop - images.start), max(1, int(_CALL / one))):
             sums = np.zeros((3, part.stop - part.start, 1))
 
             def call(first: int, shifts: int, sums: Vector, x: Any = x, y: Any = y, at: int = part.start) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 import ntkfast
 from ntkfast import reference
+from ntkfast._bench import rest
 from ntkfast._demo_depth import CURVES, Curve, Point, Quality, picture
 from ntkfast.convolution import ConvNetwork
 from ntkfast.network import Network
@@ -36,8 +37,6 @@ RIDGE = 1e-6
 CLOSE = 1e-3
 #: Entries smaller than this part of the largest one are compared on its scale.
 FLOOR = 0.1
-#: Between timings: threads of BLAS and OpenMP spin for a while after their last call, and the next should not pay.
-PAUSE = 0.12
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def seconds(functions: list[Callable[[], Any]], runs: int) -> list[float]:
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(runs):
         for function, found in zip(functions, times, strict=True):
-            time.sleep(PAUSE)
+            rest()
             start = time.perf_counter()
             function()
             found.append(time.perf_counter() - start)

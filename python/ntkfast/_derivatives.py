@@ -108,9 +108,8 @@ def _of_user(function: Any, name: str) -> Elementwise:
     """A function of float64 arrays, for arrays of any precision."""
 
     def call(z: Any) -> Any:
-        values = function(z.astype(np.float64, copy=False)) if isinstance(z, np.ndarray) else on_device(z)
-        if isinstance(z, np.ndarray):
-            values = np.asarray(values)
+        host = isinstance(z, np.ndarray)
+        values = np.asarray(function(z.astype(np.float64, copy=False))) if host else on_device(z)
         if values.shape != z.shape:
             raise ValueError(f"activation {name!r} must return an array of the shape it was given")
         return values.astype(z.dtype, copy=False)

@@ -12,11 +12,12 @@ import numpy as np
 from ntkfast import _conv, _core
 from ntkfast._arrays import as_numpy
 from ntkfast._done import MatrixFile
+from ntkfast._images import dense_format
 from ntkfast._plan import mix_of
 from ntkfast._problem import Problem
 from ntkfast._tiles import fused_side
 from ntkfast.convolution import ConvNetwork
-from ntkfast.gram import KINDS, _check_kinds, _dense_format, gram
+from ntkfast.gram import KINDS, _check_kinds, gram
 from ntkfast.network import Network
 
 #: Of the done-map; another one is refused.
@@ -149,7 +150,7 @@ def _target(path: Any) -> Path:
 def _problem(net: Network | ConvNetwork, X: Any, Y: Any, data_format: str) -> Problem | _conv.Problem:
     if isinstance(net, ConvNetwork):
         return _conv.Problem(net, X, Y, None, None, data_format)
-    _dense_format(data_format)
+    dense_format(data_format)
     return Problem(net, X, Y, None, None)
 
 
@@ -184,7 +185,7 @@ def _functions(net: Network | ConvNetwork) -> list[Any]:
 
 def _digest(problem: Problem | _conv.Problem, points: Any, name: str, data_format: str) -> dict[str, Any]:
     """Shape and hash of the points in the dtype of the computation, channels last."""
-    gpu = getattr(problem, "gpu", None)
+    gpu = problem.gpu
     array = (gpu.view if gpu is not None and gpu.resident else as_numpy)(points, name)[0]
     if data_format == "channels_first":
         array = np.moveaxis(array, 1, -1)

@@ -11,7 +11,7 @@ from ntkfast import _core
 
 #: One pass packs its rows first, d numbers a row, while a row of products takes d min(n, m) operations: rows longer
 #: than this times the shorter side go to the BLAS, on one thread and on several. There the BLAS has to gain more: its
-#: threads spin for 0.1 s after a product and keep those of the kernels waiting, often for 8 ms. Time of gram in one
+#: threads spin for 0.1 s after a product and keep those of the kernels waiting. Time of gram in one
 #: pass over that by the BLAS, depth 10, float64 / float32, AMD EPYC (Zen 5), OpenBLAS with the kernels it chooses there
 #: (Haswell) and with OPENBLAS_CORETYPE=SKYLAKEX; CPU time of one thread (median), time on two (least, not quite alone):
 #:     n x m, d              d / min(n, m)   1: Haswell     SkylakeX       2: Haswell     SkylakeX
@@ -23,7 +23,7 @@ from ntkfast import _core
 #:     16 x 4096, 784        49              1.13 / 1.02    1.22 / 0.93    0.32 / 0.29    1.65 / 0.30
 #:     4 x 4096, 784         196             1.43 / 1.30    1.48 / 0.97    0.48 / 0.28    1.06 / 0.54
 #:     1 x 4096, 784         784             2.15 / 1.61    2.26 / 1.65    1.36 / 0.34    1.24 / 0.74
-#: Square ones of d <= n: benchmarks/results, by `python benchmarks/run.py --only products`.
+#: By `python benchmarks/run.py --only products`; more of them, and square ones, in benchmarks/results.
 _LONGEST, _LONGEST_SHARED = 16, 256
 
 

@@ -18,10 +18,19 @@ FORMATS = ("channels_last", "channels_first")
 _COARSE = 24
 
 
-def check_images(x: Array, name: str, data_format: str) -> None:
-    """One or two grid axes beside images and channels, not empty."""
+def check_format(data_format: str) -> None:
     if data_format not in FORMATS:
         raise ValueError(f"data_format={data_format!r} is unknown; use one of {', '.join(FORMATS)}")
+
+
+def dense_format(data_format: str) -> None:
+    if data_format != "channels_last":
+        raise ValueError(f"data_format={data_format!r} is for images: this network takes one row per point")
+
+
+def check_images(x: Array, name: str, data_format: str) -> None:
+    """One or two grid axes beside images and channels, not empty."""
+    check_format(data_format)
     if x.ndim not in (3, 4):
         order = "(n, *grid, channels)" if data_format == "channels_last" else "(n, channels, *grid)"
         raise ValueError(f"{name} must have shape {order} with one or two grid axes, got {x.shape}")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkfast._arrays import check_matrix
-from ntkfast._images import FORMATS
+from ntkfast._images import check_format, dense_format
 from ntkfast.convolution import ConvNetwork
 
 Array = NDArray[Any]
@@ -34,8 +34,7 @@ class Points:
 
     def check(self, x: Array, name: str, data_format: str) -> Array:
         """The samples, features last; errors say what does not fit."""
-        if data_format != "channels_last":
-            raise ValueError(f"data_format={data_format!r} is for images: this network takes one row per point")
+        dense_format(data_format)
         check_matrix(x, name)
         if x.shape[1] != self.features:
             raise ValueError(f"{name} has {x.shape[1]} features and the network takes {self.features}")
@@ -118,8 +117,7 @@ class Windows:
 
     def check(self, x: Array, name: str, data_format: str) -> Array:
         """The samples, channels last; errors say what does not fit."""
-        if data_format not in FORMATS:
-            raise ValueError(f"data_format={data_format!r} is unknown; use one of {', '.join(FORMATS)}")
+        check_format(data_format)
         last = data_format == "channels_last"
         shape = (*self.grid, self.features) if last else (self.features, *self.grid)
         if x.ndim != 1 + len(shape) or x.shape[1:] != shape:

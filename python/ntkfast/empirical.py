@@ -23,8 +23,7 @@ from ntkfast.network import Network
 
 Array = NDArray[Any]
 
-#: Bytes of the factors of samples whose weight gradients are kept: made and consumed in cache (40 images of 32x32,
-#: width 64, depth 3, float32, two cores: 8 MB 0.14 s, 16 MB and more 0.18 to 0.22 s).
+#: Bytes of the factors of samples whose weight gradients are kept: made and consumed in cache.
 _BATCH = 8 << 20
 #: The same on a GPU. Not measured.
 _DEVICE_BATCH = 256 << 20

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ntkfast import _conv
 from ntkfast._cuda.gram import Output, Slices
+from ntkfast._images import dense_format
 from ntkfast._plan import mix_of
 from ntkfast._problem import Problem, factors, run_tiles
 from ntkfast._table import Path
@@ -36,11 +37,6 @@ def _check_kinds(get: Any) -> tuple[str, ...]:
 def _dense_sums(accumulate: str | None) -> None:
     if accumulate is not None:
         raise ValueError(f"accumulate={accumulate!r} is for inner products of rows: convolutional networks have none")
-
-
-def _dense_format(data_format: str) -> None:
-    if data_format != "channels_last":
-        raise ValueError(f"data_format={data_format!r} is for images: this network takes one row per point")
 
 
 def gram(
@@ -133,7 +129,7 @@ def gram(
         _dense_sums(accumulate)
         images = _conv.Problem(net, X, Y, dtype, device, data_format)
         return _results(images, _conv.gram(images, kinds, normalize, out, progress), out, get, kinds)
-    _dense_format(data_format)
+    dense_format(data_format)
     problem = Problem(net, X, Y, dtype, device, accumulate)
     mixes = [mix_of(net, kind) for kind in kinds]
     path = problem.path(mixes)
@@ -227,7 +223,7 @@ def layer_grams(
         _dense_sums(accumulate)
         images = _conv.Problem(net, X, Y, dtype, device, data_format, own=True)
         return _results(images, [_conv.layer_grams(images, out, progress)], out, "", ())
-    _dense_format(data_format)
+    dense_format(data_format)
     problem = Problem(net, X, Y, dtype, device, accumulate)
     count, readout = len(net.slices), net.readout
     mix = mix_of(net, "ntk")
@@ -281,7 +277,7 @@ def diagonal(
     if isinstance(net, ConvNetwork):
         images = _conv.Problem(net, X, None, dtype, None, data_format)
         return images.wrap(_conv.diagonal(images, kind))
-    _dense_format(data_format)
+    dense_format(data_format)
     problem = Problem(net, X, None, dtype, None)
     mix = mix_of(net, kind)
     tables = problem.path([mix]).tables

@@ -15,7 +15,6 @@ from test_conv_kernels import BIASED, BOUND, assert_close, images, scale
 
 import ntkfast as nf
 from ntkfast._cuda import CudaUnavailable, conv
-from ntkfast._cuda import gram as gpu_gram
 
 pytestmark = pytest.mark.skipif(simulate.missing(simulate.mode()) is not None, reason="the simulator cannot run here")
 
@@ -138,7 +137,6 @@ def test_few_launches_are_on_their_way(gpu, small, monkeypatch):
 def test_memory_does_not_grow_with_the_images(monkeypatch):
     gpu = fake_cupy.install(monkeypatch)
     monkeypatch.setattr(conv, "STREAMED", 8)
-    monkeypatch.setattr(gpu_gram, "STREAMED", 8)
     monkeypatch.setattr(conv, "LAUNCH", dict.fromkeys(conv.LAUNCH, 1))
     most = []
     for n in (32, 64):

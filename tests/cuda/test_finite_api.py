@@ -142,8 +142,8 @@ def test_strides(gpu, rng, make):
 
 
 def test_out(gpu, small_tiles, rng, tmp_path):
-    x, wanted = layers(rng, 41), nf.jacobian_gram(layers(np.random.default_rng(0), 41))
-    x = layers(np.random.default_rng(0), 41)
+    x = layers(rng, 41)
+    wanted = nf.jacobian_gram(x)
     file = np.lib.format.open_memmap(tmp_path / "K.npy", "w+", np.float64, (41, 41))
     for factors, device in ((x, "cuda"), (there(gpu, x), None)):
         file[:] = np.nan
@@ -345,7 +345,7 @@ def test_the_contraction_is_that_of_the_cpu(gpu, rng, monkeypatch):
     nf.jacobian_gram(x)
     cpu, asked[:] = list(asked), []
     nf.jacobian_gram(x, device="cuda")
-    assert asked == cpu
+    assert asked == cpu != []
 
 
 @pytest.mark.parametrize(("shape", "sizes"), [

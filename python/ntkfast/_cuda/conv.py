@@ -26,7 +26,7 @@ Array = NDArray[Any]
 Vector = NDArray[np.float64]
 
 #: Positions times layers of one launch (a general layer counts _GENERAL, and 1 for every four Hermite terms): 0.1 s and
-#: 0.2 s at 4e10 (float32) and 5e9 (float64) of them a second, which a slow device is thought to do; five to six times
+#: 0.2 s at 4e10 (float32) and 5e9 (float64) of them a second, which a slow device is thought to do; several times
 #: that if all planes are done again (csrc/cuda/conv_exact.cuh). Not measured.
 LAUNCH = {np.dtype(np.float32): 1 << 32, np.dtype(np.float64): 1 << 30}
 _GENERAL = 8
@@ -147,10 +147,8 @@ class ConvWorker(TileWorker):
         image = self.layers * self.layer_size * self.dtype.itemsize
         #: images of one side of a square
         self.side = max(1, min(STREAMED, _IMAGES // image))
-        pooled_planes = self.shape.positions if pooled else 1
-        one = self.shape.positions * self.layers * (1 if problem.fast else _GENERAL + problem.terms // 4)
         #: units of a launch
-        self.units = max(1, LAUNCH[self.dtype] // (one * min(self.shape.run, pooled_planes)))
+        self.units = max(1, LAUNCH[self.dtype] // (_work(problem) * self.shape.run))
         self._events: deque[Any] = deque()
 
     @property
@@ -281,11 +279,17 @@ class ConvWorker(TileWorker):
         self._events.append(self.gpu.event())
 
 
+def _work(problem: Any) -> int:
+    """Of a plane, in the unit of LAUNCH."""
+    each = 1 if problem.fast else _GENERAL + problem.terms // 4
+    return int(problem.positions * len(problem.net.layers) * each)
+
+
 def side_of(problem: Any) -> int:
     """Images of one side of a tile: a few launches, so that progress is seen and results are stored."""
     planes = problem.positions if problem.pooled else 1
-    one = planes * problem.positions * len(problem.net.layers) * (1 if problem.fast else _GENERAL + problem.terms // 4)
-    side = math.isqrt(4 * int(LAUNCH[problem.dtype]) // int(one) + 1)
+    dtype = problem.dtype if problem.fast else np.dtype(np.float64)  # of the arithmetic
+    side = math.isqrt(4 * LAUNCH[dtype] // (planes * _work(problem)) + 1)
     return int(max(_SQUARE, min(STREAMED, side // _SQUARE * _SQUARE, max(problem.shape))))
 
 

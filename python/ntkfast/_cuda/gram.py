@@ -205,8 +205,7 @@ class Backend:
                 with self.here() as gpu:
                     resident_tiles(gpu, make(gpu), self._stream, todo, side, outs, bar)
                 return
-            with self.here():
-                self._stream.synchronize()  # the rows may have been made on it
+            self.synchronize()  # the rows may have been made on it
             share = Share(todo, outs, bar, check)
             jobs = [lambda gpu=gpu: stream_tiles(gpu, make, problem, share, side) for gpu in self.gpus]
             in_parallel(jobs, share)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -83,17 +84,15 @@ def fill(
     if index_of(left[0].inputs) is None:
         # Factors in host memory: all of them on the device, or those of a tile of rows and one of columns.
         size, n, m = bytes_per_sample(left), len(left[0]), None if right is None else len(right[0])
-        rows = sample_tiles(n, m, size, gpus.free_bytes() // 2)
+        memory = gpus.free_bytes() // 2
+        rows = sample_tiles(n, m, size, memory)
         if rows is not None:
-            cols = None if m is None else sample_tiles(m, n, size, gpus.free_bytes() // 2)
+            cols = None if m is None else sample_tiles(m, n, size, memory)
 
             def part(span: slice, first: bool) -> list[Factor]:
                 return [f.part(span) for f in (left if first or right is None else right)]
 
-            def tile(*arguments: Any, **options: Any) -> None:
-                _fill(gpus, *arguments, **options)
-
-            in_tiles(tile, part, out, rows, cols, per_layer=per_layer, progress=progress)
+            in_tiles(partial(_fill, gpus), part, out, rows, cols, per_layer=per_layer, progress=progress)
             return
     _fill(gpus, out, left, right, per_layer=per_layer, progress=progress)
 
