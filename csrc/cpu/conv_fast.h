@@ -148,10 +148,13 @@ NTK_INLINE void start_row_of(const T* x, const T* y, int channels, int x_step, i
     constexpr int known = CHANNELS ? CHANNELS : 1;
 #pragma omp simd
     for (int c = 0; c < n; ++c) {
-        FastState<T> sum{T(0), T(0)};
+        T e = T(0), f = T(0);  // a struct here, or fast_channel, would not become vectors
         NTK_UNROLL
-        for (int k = 0; k < known; ++k) sum = fast_channel(sum, x[k * x_step + c], y[k * y_step + c]);
-        E[c] = sum.e, F[c] = sum.m;
+        for (int k = 0; k < known; ++k) {
+            const T minus = x[k * x_step + c] - y[k * y_step + c], plus = x[k * x_step + c] + y[k * y_step + c];
+            e = fma_(minus, minus, e), f = fma_(plus, plus, f);
+        }
+        E[c] = e, F[c] = f;
     }
     for (int k = known; !CHANNELS && k < channels; ++k)
 #pragma omp simd
